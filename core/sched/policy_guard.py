@@ -27,7 +27,7 @@ from quire.core.sched.checked_plan import CheckedPlan, PlanLimits
 from quire.core.sched.default_policy_plan import check_order, check_plan, fill_step
 from quire.core.stats import QuarantinedPlugin
 
-__all__ = ["PolicyGuard", "RequestRank", "make_request_info"]
+__all__ = ["PolicyGuard", "RequestRank", "make_request_info", "promises_equal_plans"]
 
 _OPTIONAL_METHODS = frozenset({"order_waiting", "schedule", "step_scheduled", "request_finished"})
 """Those that a policy may name as unused."""
@@ -208,7 +208,7 @@ class PolicyGuard:
         """Whether the engine plans by itself, in the policy's order."""
         self.has_groups = self._overrides("group_key") and not self.has_default_plan
         """Whether the policy divides requests into groups, and chooses between them."""
-        self.changes_only_at_events = _promises_equal_plans(policy)
+        self.changes_only_at_events = promises_equal_plans(policy)
         """Whether the policy is not asked where all that can run decode."""
         self.wants_reports = self._overrides("step_scheduled")
         """Whether the policy is told of each step."""
@@ -227,7 +227,7 @@ class PolicyGuard:
         return None if types == self._key_types else f"admission_key returned {key!r}, unlike the keys before it"
 
 
-def _promises_equal_plans(policy: BatchingPolicy) -> bool:
+def promises_equal_plans(policy: BatchingPolicy) -> bool:
     """``changes_only_at_events`` of the policy itself or of the class that has its ``schedule``, or of one below: a
     class that overrides ``schedule`` does not inherit what another promised of its own."""
     if "changes_only_at_events" in vars(policy):

@@ -24,6 +24,7 @@ from quire.core.contracts.policy import (
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
 from quire.core.sched.checked_plan import PlanLimits, check_grants
+from quire.core.sched.policy_guard import promises_equal_plans
 from quire.core.scheduling_params import SchedulingParams
 from quire.core.testing.simulated_engine import SimulatedEngine
 
@@ -92,7 +93,7 @@ def check_an_idle_engine_is_put_to_work(cls: type[BatchingPolicy]) -> None:
 def check_decodes_are_granted_as_promised(cls: type[BatchingPolicy]) -> None:
     """With ``changes_only_at_events``, running requests that all decode get a token each, beside no waiting request."""
     policy = _make(cls)
-    for seed in range(50 if policy.changes_only_at_events else 0):
+    for seed in range(50 if promises_equal_plans(policy) else 0):
         view = _view(seed, num_running=seed % 9, num_waiting=0, only_decodes=True)
         plan = check_grants(policy.schedule(view), PlanLimits.from_view(view))
         assert not isinstance(plan, str), f"view {seed}: {plan}"

@@ -213,3 +213,14 @@ class _OneScale(DenseLinear):
 def test_a_broken_promise_is_noticed(cls, check):
     failed = {r.name for r in run_checks(cls) if r.outcome == "failed"}
     assert check in failed, failed
+
+
+class GrantsLess(load_target("quire.plugins.sched.fairbatch:FairBatchPolicy")):
+    """Other plans than those of the class below it, which alone has promised something of its own."""
+
+    schedule = PromisesTooMuch.schedule
+
+
+def test_a_promise_of_another_class_is_not_checked():
+    outcomes = {r.name: r.outcome for r in run_checks(GrantsLess)}
+    assert outcomes["check_decodes_are_granted_as_promised"] == "passed"
