@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["write_format"]
+__all__ = ["add_to_all_of", "write_format"]
 
 _YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
 _MULTIPLE_OF_4 = "(0[48]|[2468][048]|[13579][26])"
@@ -60,4 +60,11 @@ def write_format(schema: dict[str, Any]) -> None:
     if name in _FORMATS or name not in _STANDARD:
         del schema["format"]
     if name in _FORMATS:
-        schema["allOf"] = [*schema.get("allOf", ()), dict(_FORMATS[name])]
+        add_to_all_of(schema, dict(_FORMATS[name]))
+
+
+def add_to_all_of(schema: dict[str, Any], other: dict[str, Any]) -> None:
+    """Assert ``other`` beside what the schema asserts. An ``allOf`` that is no list stays for the library to refuse."""
+    schemas = schema.get("allOf", [])
+    if isinstance(schemas, list):
+        schema["allOf"] = [*schemas, other]

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from quire.plugins.structured_output.formats import write_format
+from quire.plugins.structured_output.formats import add_to_all_of, write_format
 from quire.sdk import InvalidRequestError, StructuredOutputsParams
 
 __all__ = ["apply_defaults", "explain_error", "prepare_schema", "walk_schemas"]
@@ -117,8 +117,7 @@ def _simplify(schema: dict[str, Any]) -> None:
             del schema[keyword]
             for name, needed in dependencies.items():
                 needs = {"required": needed} if keyword == "dependentRequired" else needed
-                cases = {"anyOf": [{"properties": {name: False}}, needs]}
-                schema["allOf"] = [*schema.get("allOf", ()), cases]
+                add_to_all_of(schema, {"anyOf": [{"properties": {name: False}}, needs]})
 
 
 def _write_property_names(schema: dict[str, Any]) -> None:

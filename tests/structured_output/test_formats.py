@@ -60,3 +60,10 @@ def test_a_format_of_no_standard_asserts_nothing(name, compile_params, accepts) 
 def test_a_format_of_the_standard_is_never_passed_over(name, compile_params) -> None:
     with pytest.raises(InvalidRequestError, match=f"keyword 'format' is not supported with the value '{name}'"):
         compile_params(json={"type": "object", "properties": {"a": {"format": name}}})
+
+
+@pytest.mark.parametrize("all_of", [3, None, {}, {"a": 1}, "x"])
+@pytest.mark.parametrize("keywords", [{"format": "date"}, {"dependentRequired": {"a": ["b"]}}])
+def test_an_all_of_that_is_no_list_is_refused_by_name(keywords, all_of, compile_params) -> None:
+    with pytest.raises(InvalidRequestError, match="allOf must be an array"):
+        compile_params(json={**keywords, "allOf": all_of})
