@@ -6,6 +6,7 @@ says what takes its place.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import logging
@@ -18,6 +19,7 @@ from typing import Literal, TypeVar
 from quire.core.stats import QuarantinedPlugin
 
 __all__ = [
+    "CANCELLATIONS",
     "PluginInterrupt",
     "Quarantine",
     "QuarantineReason",
@@ -38,6 +40,11 @@ class PluginInterrupt(BaseException):
     """Ends a call of a plugin that does not return. No ``Exception``, so that what the plugin catches lets it pass."""
 
 
+CANCELLATIONS = (asyncio.CancelledError, GeneratorExit)
+"""What is thrown into a coroutine that others end. Only where none can be, in calls that await nothing, are they what
+the plugin itself raised."""
+
+
 class Quarantine:
     """Guards the calls of one plugin. At its first fault one line is logged, and ``on_fault`` is given the record.
 
@@ -56,7 +63,7 @@ class Quarantine:
         time_limit_s: float = math.inf,
         max_slow_calls: int = 3,
         hang_limit_s: float = math.inf,
-        not_faults: tuple[type[Exception], ...] = (),
+        not_faults: tuple[type[BaseException], ...] = (),
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.kind = kind

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import format_error
 from quire.core.plugin.manager import PluginManager
-from quire.core.plugin.quarantine import Quarantine, run_outside_of_plugin
+from quire.core.plugin.quarantine import CANCELLATIONS, Quarantine, run_outside_of_plugin
 from quire.core.stats import QuarantinedPlugin
 from quire.server.http.errors import UnavailableError, make_error_response
 
@@ -125,9 +125,11 @@ class _Guard:
         """Serve a connection. False if that did not end, or is not begun any more."""
         if not self.is_active:
             return False
-        # Errors are answers. StopIteration, by which a coroutine returns, is an Exception too.
+        # Errors are answers, and a request may be cancelled. StopIteration, by which a coroutine returns, is an
+        # Exception too.
+        not_faults = (Exception, *CANCELLATIONS)
         quarantine = Quarantine(
-            self.kind, self.name, self._note_fault, outcome="is switched off", not_faults=(Exception,)
+            self.kind, self.name, self._note_fault, outcome="is switched off", not_faults=not_faults
         )
         await _SteppedCall(app, quarantine.call, lambda: not quarantine.is_active, *connection)
         return quarantine.is_active

@@ -245,6 +245,50 @@ def test_middleware_that_holds_up_the_server_is_switched_off(on_failure: str, ca
             app.state.watchdog.stop()
 
 
+@pytest.mark.parametrize("passes_on", [True, False])
+def test_a_request_that_is_cancelled_switches_nothing_off(passes_on: bool) -> None:
+    """Neither the middleware around it nor the route, whether the task ends by it or the middleware answers."""
+    told: list[QuarantinedPlugin] = []
+
+    class Limited:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if passes_on or scope["type"] != "http":
+                return await self.app(scope, receive, send)
+            try:
+                async with asyncio.timeout(0.05):
+                    await self.app(scope, receive, send)
+            except TimeoutError:
+                await Response("too late", 504)(scope, receive, send)
+
+    def extend(app: FastAPI) -> None:
+        app.add_middleware(type("Inner", (Limited,), {}))
+        app.add_middleware(Limited)
+
+        @app.get("/waits")
+        async def waits(seconds: float) -> str:
+            await asyncio.sleep(seconds)
+            return "done"
+
+    async def serve_two() -> None:
+        transport = httpx.ASGITransport(make_app(extend, told))
+        async with httpx.AsyncClient(transport=transport, base_url="http://quire") as http:
+            task = asyncio.ensure_future(http.get("/waits?seconds=30"))
+            if passes_on:
+                await asyncio.sleep(0.1)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                assert (await task).status_code == 504
+            assert (await http.get("/waits?seconds=0")).json() == "done"
+
+    asyncio.run(serve_two())
+    assert not told
+
+
 def test_middleware_that_cannot_be_constructed_is_refused_by_its_name() -> None:
     with pytest.raises(PluginError, match=r"^quire-held-up/Needy: the middleware cannot be constructed: .*'wish'"):
         make_app(lambda app: app.add_middleware(type("Needy", (), {"__init__": lambda self, app, wish: None})), [])
