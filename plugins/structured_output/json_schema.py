@@ -46,7 +46,11 @@ _EXPLANATIONS = (
     (r"Unimplemented keys: \[(?P<name>.*)\]", "the keywords {name} are not supported here"),
     (r"Resource '(?P<name>.*)' is not present", "the keyword '$ref' is not supported with another document: {name!r}"),
     (r"(?P<name>regex parse error.*)", "the keyword 'pattern': {name}"),
+    (r"invalid multiple of", "the keyword 'multipleOf' must be a number above 0"),
+    (r"Invalid type: (?P<name>.*)", "the keyword 'type': there is no {name!r}"),
+    (r"type must be a string$", "the keyword 'type' must be a string or a list of strings"),
     (r".*NoExtension.*", "no answer can match it"),
+    (r"Unsatisfiable schema: anyOf is empty", "no answer can match it: an 'enum', a 'type' or an 'anyOf' is empty"),
     (r"Unsatisfiable schema: (?P<name>.*)", "no answer can match it: {name}"),
 )  # fmt: skip
 """Messages of the library, and what they are for a caller: with the keyword that they are about."""

@@ -70,6 +70,22 @@ def test_enough_schemas_compile_and_the_others_are_refused_by_name(corpus, gramm
     assert by_keyword["combined"] < 0.1 * 500, by_keyword
 
 
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"type": "integer", "multipleOf": 0}, "multipleOf"),
+        ({"type": "objec"}, "type"),
+        ({"type": ["string", "nul"]}, "type"),
+        ({"type": ["string", 3]}, "type"),
+        ({"enum": []}, "enum"),
+        ({"type": []}, "type"),
+    ],
+)
+def test_a_value_that_its_keyword_excludes_is_refused_with_its_name(schema, keyword, compile_params) -> None:
+    with pytest.raises(InvalidRequestError, match=f"'{keyword}'"):
+        compile_params(json=schema)
+
+
 @pytest.mark.parametrize("pretty", [None, 2, 8])
 def test_any_usual_layout_of_json_is_accepted(pretty, compile_params, accepts) -> None:
     instance = {"a": [1, 2, {"b": None}], "c": "x"}
