@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from quire.core.errors import ControlCallError, InvalidRequestError, QuireError
-from quire.core.plugin.quarantine import read_error_text
+from quire.core.plugin.quarantine import NEVER_CONTAINED, read_error_text
 from quire.core.plugin.registry import suggest_names
 
 __all__ = ["ControlMethods"]
@@ -58,7 +58,7 @@ class ControlMethods:
             return msgspec.to_builtins(method.function(**msgspec.structs.asdict(converted)))
         except QuireError:
             raise
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
         except BaseException as error:
             _log.error("the control method %s of the %s failed", name, self._owner, exc_info=error)

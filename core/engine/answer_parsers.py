@@ -20,7 +20,7 @@ from quire.core.messages import CompletionOutput
 from quire.core.parsing.answer_parser import AnswerParser
 from quire.core.parsing.message import AssistantMessage
 from quire.core.plugin.options import parse_options
-from quire.core.plugin.quarantine import Quarantine, read_error_text
+from quire.core.plugin.quarantine import NEVER_CONTAINED, Quarantine, read_error_text
 from quire.core.plugin.target import construct_plugin, load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import QuarantinedPlugin
@@ -174,7 +174,7 @@ class AnswerParsers:
         """The request fails where the parser does: what it asks for is not lifted."""
         try:
             return write_structural_tag(use, tools, schema)
-        except (KeyboardInterrupt, UnsupportedError):
+        except (*NEVER_CONTAINED, UnsupportedError):
             raise
         except BaseException as error:
             what = f"{type(error).__name__}: {read_error_text(error)}"

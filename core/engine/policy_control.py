@@ -10,6 +10,7 @@ from quire.core.contracts.policy import BatchingPolicy
 from quire.core.control import ControlMethods
 from quire.core.errors import PluginError
 from quire.core.plugin.options import make_refusal, parse_options
+from quire.core.plugin.quarantine import NEVER_CONTAINED
 from quire.core.plugin.target import load_target, resolve_file
 from quire.core.sched.policy_runner import PolicyRunner
 from quire.core.traces.recorder import TraceRecorder
@@ -74,7 +75,7 @@ def make_policy(choice: PluginChoice) -> BatchingPolicy:
     options = parse_options(cls, choice.options)
     try:
         policy: BatchingPolicy = cls(options)
-    except (KeyboardInterrupt, PluginError):
+    except (*NEVER_CONTAINED, PluginError):
         raise
     except BaseException as error:
         raise make_refusal(cls, choice.options, error) from error

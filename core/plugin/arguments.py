@@ -13,7 +13,7 @@ from typing import Any
 
 from quire.core.errors import InvalidRequestError, PluginError, RequestFailedError
 from quire.core.plugin.annotations import convert_value, describe_type, find_fields_class
-from quire.core.plugin.quarantine import read_error_text
+from quire.core.plugin.quarantine import NEVER_CONTAINED, read_error_text
 from quire.core.plugin.registry import suggest_names
 
 __all__ = ["ArgumentChecker", "find_arguments_class", "parse_arguments"]
@@ -64,7 +64,7 @@ def parse_arguments(cls: type, given: Mapping[str, Any] | None, plugin: str = ""
         return arguments(**values)
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"extra_args: {owner} refuses them: {read_error_text(error)}", "extra_args") from None
-    except KeyboardInterrupt:
+    except NEVER_CONTAINED:
         raise
     except BaseException as error:  # of a plugin's own code: what it says is for the log
         _log.error("%s raised %s for extra_args", owner, type(error).__name__, exc_info=error)

@@ -24,7 +24,7 @@ import pluggy
 from quire.core.errors import PluginError
 from quire.core.plugin import hookspecs
 from quire.core.plugin.import_guard import guard_import
-from quire.core.plugin.quarantine import read_error_text
+from quire.core.plugin.quarantine import NEVER_CONTAINED, read_error_text
 from quire.core.plugin.registry import GROUP, KINDS, PROJECT, Registrar, Registration, normalize_dist_name
 from quire.core.version import __version__
 
@@ -96,9 +96,9 @@ def import_entry_point(entry: PluginEntryPoint, limit_s: float | None = None) ->
             with guard_import(entry.value, given_up.is_set):
                 value = _import_value(entry.value)
             outcome.append(value)
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
-        except BaseException as error:  # a plugin may raise anything at all, SystemExit included
+        except BaseException as error:
             reason = format_error(error, module)
             outcome.append(PluginError(f"{_format_entry(entry)} cannot be imported: {reason}; mend or uninstall it"))
 
@@ -135,7 +135,7 @@ def collect_registrations(
             registrar = Registrar(kind, dist, version, file)
             getattr(manager.hook, f"quire_register_{kind}")(register=registrar)
             registrations.extend(registrar.registrations)
-    except KeyboardInterrupt:
+    except NEVER_CONTAINED:
         raise
     except BaseException as error:
         raise PluginError(f"{dist} {version}: {format_error(error)}; mend or uninstall it") from error

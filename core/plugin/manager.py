@@ -21,7 +21,7 @@ from quire.core.plugin.discovery import (
     import_entry_point,
     scan_entry_points,
 )
-from quire.core.plugin.quarantine import PluginInterrupt
+from quire.core.plugin.quarantine import NEVER_CONTAINED, PluginInterrupt
 from quire.core.plugin.registry import (
     KINDS,
     PROJECT,
@@ -90,7 +90,7 @@ class PluginManager:
                     implementation.function()
             except PluginInterrupt:
                 log.error("%s: quire_unconfigure did not return in %g s and was interrupted", name, limit_s)
-            except KeyboardInterrupt:
+            except NEVER_CONTAINED:
                 raise
             except BaseException as error:
                 log.error("%s: quire_unconfigure failed: %s", name, format_error(error), exc_info=error)
@@ -300,7 +300,7 @@ class PluginManager:
             others = [p for p in self._pluggy.get_plugins() if p is not plugin]
             try:
                 answer = self._pluggy.subset_hook_caller(hook, others)(**arguments)
-            except KeyboardInterrupt:
+            except NEVER_CONTAINED:
                 raise
             except BaseException as error:
                 raise PluginError(f"{dist}: {hook} failed: {format_error(error)}; leave out --plugin {dist}") from error

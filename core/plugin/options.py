@@ -12,7 +12,7 @@ from typing import Any
 
 from quire.core.errors import PluginError, PluginOptionError
 from quire.core.plugin.annotations import UnreadableTypeError, convert_value, describe_type, find_fields_class
-from quire.core.plugin.quarantine import read_error_text
+from quire.core.plugin.quarantine import NEVER_CONTAINED, read_error_text
 from quire.core.plugin.registry import suggest_names
 from quire.core.plugin.source import read_options
 
@@ -72,7 +72,7 @@ def parse_options(cls: type, pairs: Mapping[str, Any]) -> Any:
     values = _convert_options(cls.__qualname__, pairs, {f.name: hints[f.name] for f in fields}, required)
     try:
         return options(**values)
-    except KeyboardInterrupt:
+    except NEVER_CONTAINED:
         raise
     except BaseException as error:  # of a plugin's own code, SystemExit included
         raise make_refusal(cls, pairs, error) from error

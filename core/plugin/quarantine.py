@@ -20,6 +20,7 @@ from quire.core.stats import QuarantinedPlugin
 
 __all__ = [
     "CANCELLATIONS",
+    "NEVER_CONTAINED",
     "PluginInterrupt",
     "Quarantine",
     "QuarantineReason",
@@ -39,6 +40,11 @@ _MAX_ERROR_TEXT = 4000
 class PluginInterrupt(BaseException):
     """Ends a call of a plugin that does not return. No ``Exception``, so that what the plugin catches lets it pass."""
 
+
+NEVER_CONTAINED = (KeyboardInterrupt, PluginInterrupt)
+"""What every handler around the code of a plugin passes on: the end that the user asks for, and the interrupt, which
+may be meant for the call of another plugin around this one. All else that a plugin raises is its own, ``SystemExit``,
+``CancelledError`` and the panics of Rust libraries included."""
 
 CANCELLATIONS = (asyncio.CancelledError, GeneratorExit)
 """What is thrown into a coroutine that others end. Only where none can be, in calls that await nothing, are they what
@@ -108,9 +114,9 @@ class Quarantine:
             self._end_interrupt()
             self.switch_off("hung", f"{_name_of(function)} did not return and was interrupted")
             return None
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
-        except BaseException as error:  # a plugin may raise anything, SystemExit and CancelledError included
+        except BaseException as error:
             what = f"{type(error).__name__}: {read_error_text(error)}"
             self.switch_off("raised", f"{_name_of(function)} raised {what}", error)
             return None
@@ -178,7 +184,7 @@ def read_error_text(error: BaseException) -> str:
     """What an exception says, on one line of bounded length; also of one that raises when it is asked."""
     try:
         return " ".join(str(error)[:_MAX_ERROR_TEXT].split())
-    except KeyboardInterrupt:
+    except NEVER_CONTAINED:
         raise
     except BaseException as fault:  # the exceptions of a plugin are code of the plugin
         return f"(its text cannot be read: {type(fault).__name__})"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import format_error
 from quire.core.plugin.import_guard import guard_import
+from quire.core.plugin.quarantine import NEVER_CONTAINED
 from quire.core.plugin.registry import KINDS, PROJECT, Registration, Requirement, suggest_names
 from quire.core.plugin.signatures import find_signature_mismatch
 
@@ -58,7 +59,7 @@ def construct_plugin(place: str, construct: Callable[[], _T]) -> _T:
     """What ``construct`` returns. What it raises becomes a PluginError of one line that names the plugin, ``place``."""
     try:
         return construct()
-    except (KeyboardInterrupt, PluginError):
+    except (*NEVER_CONTAINED, PluginError):
         raise
     except BaseException as error:
         raise PluginError(f"{place} cannot be constructed: {format_error(error)}; mend it or choose another") from error
@@ -74,7 +75,7 @@ def load_target(target: str, contract: type | str | None = None) -> type:
         raise PluginError(f"{target!r} is not of the form module:Class; write for example my_package.policy:MyPolicy")
     try:
         resolved: Any = _import_guarded(module, target)
-    except (KeyboardInterrupt, PluginError):
+    except (*NEVER_CONTAINED, PluginError):
         raise
     except BaseException as error:
         reason = format_error(error, module)

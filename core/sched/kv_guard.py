@@ -7,7 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 from quire.core.contracts.kv import Allocation, KVAllocator, KVStats, PrefixMatch
-from quire.core.plugin.quarantine import Quarantine, class_path, read_error_text
+from quire.core.plugin.quarantine import NEVER_CONTAINED, Quarantine, class_path, read_error_text
 from quire.core.request import Request
 from quire.core.sched.kv_ownership import BrokenAllocationError
 from quire.core.stats import QuarantinedPlugin
@@ -96,7 +96,7 @@ class GuardedAllocator(KVAllocator):
                 prefix_match=prefix_match,
                 num_reserved_blocks=num_reserved_blocks,
             )
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
         except BaseException as error:
             self._note_fault("allocate", error, request)
@@ -129,7 +129,7 @@ class GuardedAllocator(KVAllocator):
             raise AllocatorError(self)
         try:  # written out: it is called in every step
             return self.allocator.num_free_blocks()
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
         except BaseException as error:
             self._note_fault("num_free_blocks", error, None)
@@ -153,7 +153,7 @@ class GuardedAllocator(KVAllocator):
             return None
         try:
             return call()
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
         except BaseException as error:
             self._note_fault(method, error, request)
@@ -164,7 +164,7 @@ class GuardedAllocator(KVAllocator):
             raise AllocatorError(self)
         try:
             return call()
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
         except BaseException as error:
             self._note_fault(method, error, request)

@@ -16,6 +16,7 @@ from quire.core.config import EngineConfig
 from quire.core.contracts.structured_output import CompiledGrammar, GrammarState, MaskRequest
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import EngineCoreRequest, HostDraft, ModelRunnerOutput, SchedulerOutput, TokenMasks
+from quire.core.plugin.quarantine import NEVER_CONTAINED
 from quire.core.request import Request, RequestStatus
 from quire.core.structured_output.compiler import GrammarCompiler, make_backend
 from quire.core.structured_output.mask_filler import MaskFiller
@@ -240,7 +241,7 @@ def _prepare(request: EngineCoreRequest, future: Future[CompiledGrammar]) -> Pre
         return PreparedRequest(request, future.result().start(), None)
     except InvalidRequestError as error:
         return PreparedRequest(request, None, str(error))
-    except KeyboardInterrupt:
+    except NEVER_CONTAINED:
         raise
     except BaseException as error:
         _log.error("a grammar could not be started", exc_info=error)

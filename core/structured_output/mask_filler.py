@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.contracts.structured_output import MaskRequest, StructuredOutputBackend
-from quire.core.plugin.quarantine import class_path
+from quire.core.plugin.quarantine import NEVER_CONTAINED, class_path
 
 __all__ = ["MaskFiller"]
 
@@ -83,7 +83,7 @@ class MaskFiller:
             try:
                 self._backend.fill_masks(requests, block)
                 return ""
-            except KeyboardInterrupt:
+            except NEVER_CONTAINED:
                 raise
             except BaseException as error:
                 return self._note_failure(error)
@@ -104,7 +104,7 @@ class MaskFiller:
             name = class_path(self._backend)
             _log.error("%s: a mask was not filled in %.0f s; its thread is given up", name, self._time_limit_s)
             return f"its grammar did not return in {self._time_limit_s:.0f} s"
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
         except BaseException as error:
             return self._note_failure(error)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from quire.core.contracts.structured_output import GrammarState
-from quire.core.plugin.quarantine import class_path
+from quire.core.plugin.quarantine import NEVER_CONTAINED, class_path
 
 __all__ = ["RequestGrammar"]
 
@@ -37,7 +37,7 @@ class RequestGrammar:
             return True
         try:
             num_taken = self.state.advance(new_token_ids)
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
         except BaseException as error:
             self._note_failure(error)
@@ -54,7 +54,7 @@ class RequestGrammar:
             return ()
         try:
             return self.state.forced_tokens(max_tokens)
-        except KeyboardInterrupt:
+        except NEVER_CONTAINED:
             raise
         except BaseException as error:
             self._note_failure(error)

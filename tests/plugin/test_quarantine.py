@@ -6,11 +6,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-from quire.core.plugin.quarantine import PluginInterrupt, Quarantine
+from quire.core.contracts.kv import KVGroup
+from quire.core.control import ControlMethods
+from quire.core.plugin.options import parse_options
+from quire.core.plugin.quarantine import PluginInterrupt, Quarantine, read_error_text
+from quire.core.plugin.target import construct_plugin
+from quire.core.sched.kv_guard import GuardedAllocator
 from quire.core.stats import QuarantinedPlugin
+from quire.plugins.kv.paged import PagedAllocator
 from quire.server.cli.main import main
 
 
@@ -86,3 +95,56 @@ def test_an_interrupt_that_the_plugin_swallows_leaves_nothing_behind() -> None:
         sys.settrace(before)
     assert (result, quotient, told) == ("swallowed", 2, [])
     assert "divide" in traced
+
+
+def count_cached_tokens(interrupt: Callable[..., Any], told: list[QuarantinedPlugin]) -> object:
+    class Slow(PagedAllocator):
+        count_cached_tokens = interrupt
+
+    groups = [KVGroup()]
+    guard = GuardedAllocator(Slow(groups, 10, 4), "slow", lambda: PagedAllocator(groups, 10, 4), told.append)
+    return guard.count_cached_tokens([])
+
+
+def make_options(interrupt: Callable[..., Any], told: list[QuarantinedPlugin]) -> object:
+    class Slow:
+        @dataclass(frozen=True)
+        class Options:
+            __post_init__ = interrupt
+
+    return parse_options(Slow, {})
+
+
+def construct(interrupt: Callable[..., Any], told: list[QuarantinedPlugin]) -> object:
+    return construct_plugin("op/slow", interrupt)
+
+
+def read_error(interrupt: Callable[..., Any], told: list[QuarantinedPlugin]) -> object:
+    return read_error_text(type("SlowError", (Exception,), {"__str__": interrupt})())
+
+
+def call_control_method(interrupt: Callable[..., Any], told: list[QuarantinedPlugin]) -> object:
+    methods = ControlMethods("worker")
+    methods.add_method("slow", lambda: interrupt())
+    return methods.call_method("slow", {})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [count_cached_tokens, make_options, construct, read_error, call_control_method],
+    ids=lambda call: call.__name__,
+)
+def test_an_interrupt_ends_the_call_for_which_it_is_meant(
+    call: Callable[[Callable[..., Any], list[QuarantinedPlugin]], object],
+) -> None:
+    """Whatever other code of plugins runs within, and is guarded itself."""
+    told: list[QuarantinedPlugin] = []
+    quarantine = Quarantine("policy", "mine", told.append)
+
+    def interrupt(*_: object) -> None:
+        quarantine.interrupt_call(quarantine.running_call, threading.get_ident())
+        while True:
+            time.sleep(0)
+
+    assert quarantine.call(call, interrupt, told) is None
+    assert told == [QuarantinedPlugin("policy", "mine", "hung")]
