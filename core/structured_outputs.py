@@ -178,6 +178,7 @@ def _to_json_text(name: str, value: Any, close_objects: bool) -> str:
         raise InvalidRequestError(f"{name} must be a JSON object, got {value!r:.60}", _PARAM)
     _check_depth(name, value)
     if name == "structural_tag" and isinstance(value, Mapping) and "format" in value:
+        _check_fields("the tag", value, {"type", "format"})
         value = _read_tag_format(value["format"])
     if close_objects:
         value = _close_objects(value)
@@ -206,6 +207,9 @@ def _read_tag_format(tag: Any) -> dict[str, Any]:
         raise InvalidRequestError("structural_tag: 'tags' of format must be a list", _PARAM)
     structures = [_read_tag(f"tags[{index}]", each) for index, each in enumerate(tags)]
     given = {key: tag[key] for key in flags if key in tag}
+    for key, flag in given.items():
+        if not isinstance(flag, bool):
+            raise InvalidRequestError(f"structural_tag: {key!r} of format must be true or false", _PARAM)
     if given.get("at_least_one"):  # which XGrammar has at the beginning
         given["structure_first"] = True
     return {"structures": structures, "triggers": tag.get("triggers"), **given}

@@ -14,6 +14,8 @@ __all__ = ["TagGrammar", "check_structural_tag", "list_json_schemas"]
 
 _MAX_STRUCTURES = 512
 _TEXT_LISTS = ("excluded", "excluded_first")
+_FLAGS = ("free_text", "at_least_one", "structure_first", "stop_after_first")
+_STRUCTURE_FLAGS = ("first", "free")
 
 
 def check_structural_tag(tag: Any) -> None:
@@ -26,9 +28,11 @@ def check_structural_tag(tag: Any) -> None:
     for name in _TEXT_LISTS:
         if not isinstance(tag.get(name, []), list) or not all(isinstance(text, str) for text in tag.get(name, [])):
             raise _refuse(f"{name!r} must be a list of texts")
+    _check_flags(tag, _FLAGS)
     for structure in structures:
         if not isinstance(structure, dict) or not isinstance(structure.get("begin"), str | list):
             raise _refuse("every structure must be an object with a text 'begin'")
+        _check_flags(structure, _STRUCTURE_FLAGS)
         begins = _list_begins(structure)
         if not begins or not all(isinstance(begin, str) for begin in begins):
             raise _refuse("'begin' of a structure must be a text")
@@ -53,6 +57,12 @@ def check_structural_tag(tag: Any) -> None:
         if not isinstance(tag["answer"], dict | bool):
             raise _refuse("'answer' must be a JSON schema")
         prepare_schema(tag["answer"])
+
+
+def _check_flags(value: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(value.get(name, False), bool):
+            raise _refuse(f"{name!r} must be true or false")
 
 
 def list_json_schemas(tag: Any) -> list[Any] | None:

@@ -54,6 +54,11 @@ def test_a_schema_is_kept_as_text_in_the_order_of_its_keys() -> None:
         ({"structural_tag": {"format": {"type": "triggered_tags", "tags": [3]}}}, r"tags\[0\] must be an object"),
         ({"structural_tag": {"format": {"type": "tag", "begin": "<a>", "content": 3}}}, "content of type json_schema"),
         ({"structural_tag": {"format": {"type": "tag", "begun": "<a>"}}}, "format has no field 'begun'"),
+        ({"structural_tag": {"format": 3, "triggers": ["<a>"]}}, "the tag has no field 'triggers'"),
+        (
+            {"structural_tag": {"format": {"type": "triggered_tags", "tags": [], "at_least_one": "no"}}},
+            "'at_least_one' of format must be true or false",
+        ),
         ({"choice": ["a"], "reasoning_start": "<think>"}, "needs reasoning_end"),
         ({"regex": "a", "disable_any_whitespace": "no"}, "disable_any_whitespace must be true or false"),
         ({"regex": "a", "disable_fallback": [1]}, "disable_fallback must be true or false"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from quire.core.errors import InvalidRequestError
+
 TAG = {"type": "tag", "begin": "<p>", "content": {"type": "json_schema", "json_schema": {"const": 1}}, "end": "</p>"}
 TEXTS = ["", "Hi", "Hi <p>1</p>", "<p>1</p>", "<p>1</p> bye", "<p>1</p><p>1</p>", "<p>1</p> and <p>1</p>", "<p>2</p>"]
 
@@ -26,3 +28,12 @@ def test_flags_of_triggered_tags(at_least_one, stop_after_first, compile_params,
 def test_a_tag_alone(compile_params, accepts) -> None:
     grammar = compile_params(structural_tag={"format": TAG})
     assert [text for text in TEXTS if accepts(grammar, text)] == ["<p>1</p>"]
+
+
+@pytest.mark.parametrize("name", ["free_text", "at_least_one", "structure_first", "stop_after_first", "first", "free"])
+@pytest.mark.parametrize("value", ["no", None, 1])
+def test_a_flag_is_true_or_false(name, value, compile_params) -> None:
+    tag: dict = {"structures": [{"begin": "<p>", "schema": {"const": 1}, "end": "</p>"}], "triggers": ["<p>"]}
+    (tag["structures"][0] if name in ("first", "free") else tag)[name] = value
+    with pytest.raises(InvalidRequestError, match=f"'{name}' must be true or false"):
+        compile_params(structural_tag=tag)
