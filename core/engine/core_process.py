@@ -82,7 +82,9 @@ class EngineCoreProcess:
             gc.freeze()
             self._run_busy_loop(core)
             return 0
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of a plugin, ``SystemExit`` included
             if not isinstance(error, QuireError):
                 _log.error("the engine core stopped", exc_info=error)
             self._send_message(EngineFailed(describe_error(error, frames), type(error).__name__))

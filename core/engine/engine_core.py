@@ -25,7 +25,7 @@ from quire.core.engine.step_failures import StepFailures
 from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, ErrorKind, SchedulerOutput
 from quire.core.plugin.options import parse_options
-from quire.core.plugin.target import load_target
+from quire.core.plugin.target import construct_plugin, load_target
 from quire.core.sched.kv_guard import GuardedAllocator
 from quire.core.sched.kv_ownership import WatchedAllocator
 from quire.core.sched.scheduler import Scheduler
@@ -382,18 +382,15 @@ class EngineCore:
         cls = load_target(choice.target, "quire.core.contracts.spec_decode:SpeculativeProposer")
         if not issubclass(cls, HostProposer):
             return None  # it drafts on the device: the worker builds it
-        return cls(spec.num_speculative_tokens, parse_options(cls, choice.options))
+        options = parse_options(cls, choice.options)
+        return construct_plugin(f"spec_decode/{choice.name}", cls, spec.num_speculative_tokens, options)
 
     def _build_allocator(self, key: str) -> KVAllocator:
         config, choice = self.config, self.config.plugin(key)
         cls = load_target(choice.target, "quire.core.contracts.kv:KVAllocator")
-        allocator: KVAllocator = cls(
-            self.capacity.groups,
-            self.capacity.num_blocks,
-            config.cache.block_size,
-            prefix_caching=config.cache.prefix_caching,
-            options=parse_options(cls, choice.options),
-        )
+        sizes = (self.capacity.groups, self.capacity.num_blocks, config.cache.block_size)
+        options = {"prefix_caching": config.cache.prefix_caching, "options": parse_options(cls, choice.options)}
+        allocator: KVAllocator = construct_plugin(f"kv/{choice.name}", cls, *sizes, **options)
         return allocator if choice.is_bundled else WatchedAllocator(allocator)
 
     def _build_policy(self, kind: str) -> BatchingPolicy:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quire.core.errors import PluginError
+from quire.core.errors import PluginError, QuireError
 from quire.core.plugin.discovery import format_error
 from quire.core.plugin.import_guard import guard_import
 from quire.core.plugin.quarantine import NEVER_CONTAINED
@@ -55,11 +55,12 @@ class Resolution:
         return f"{KINDS[self.kind].title}: {self.name} ({self.why}{'; ' + others if others else ''})"
 
 
-def construct_plugin(place: str, construct: Callable[[], _T]) -> _T:
-    """What ``construct`` returns. What it raises becomes a PluginError of one line that names the plugin, ``place``."""
+def construct_plugin(place: str, construct: Callable[..., _T], *args: Any, **options: Any) -> _T:
+    """What ``construct`` returns. What it raises becomes a PluginError of one line that names the plugin, ``place``;
+    a ``QuireError`` is raised as it is."""
     try:
-        return construct()
-    except (*NEVER_CONTAINED, PluginError):
+        return construct(*args, **options)
+    except (*NEVER_CONTAINED, QuireError):
         raise
     except BaseException as error:
         raise PluginError(f"{place} cannot be constructed: {format_error(error)}; mend it or choose another") from error

@@ -28,7 +28,7 @@ from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.ops.operation_table import OperationTable, check_operation_name
 from quire.core.plugin.options import parse_options
-from quire.core.plugin.target import load_target
+from quire.core.plugin.target import construct_plugin, load_target
 from quire.core.sample.checked_sampler import CheckedSampler
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.sample.vocab_parallel import VocabParallelSampler
@@ -100,7 +100,7 @@ class ComponentLoader:
             dtype=getattr(torch, self._config.model.dtype if config.dtype == "auto" else config.dtype),
             device=self._device,
         )
-        method: AdapterMethod = method_class(limits, _parse_plugin_options(method_class, choice))
+        method: AdapterMethod = _construct(choice, method_class, limits)
         return ModelAdapters(method, config.target_modules)
 
     def load_proposer(self, target: Model) -> DeviceProposer | None:
@@ -113,9 +113,7 @@ class ComponentLoader:
         proposer_class = _load_plugin_class(choice, SpeculativeProposer)
         if not issubclass(proposer_class, DeviceProposer):
             return None
-        proposer: DeviceProposer = proposer_class(
-            spec.num_speculative_tokens, _parse_plugin_options(proposer_class, choice)
-        )
+        proposer: DeviceProposer = _construct(choice, proposer_class, spec.num_speculative_tokens)
         proposer.load_weights(self._make_draft_source(target, spec.draft_model_path))
         return proposer
 
@@ -143,8 +141,7 @@ class ComponentLoader:
             device=self._device,
             max_decode_query_len=1 + num_drafts,
         )
-        options = _parse_plugin_options(backend_class, choice)
-        backends = [backend_class(spec, self._device, options) for spec in groups.specs]
+        backends = [_construct(choice, backend_class, spec, self._device) for spec in groups.specs]
         for backend in backends:
             backend.allocate_workspaces(limits)
         return AttentionGroups(backends, groups.group_of)
@@ -162,8 +159,7 @@ class ComponentLoader:
         """The sampler, for a proposer: it always gives tokens of the vocabulary."""
         choice = self._config.plugin("sampler")
         sampler_class = _load_plugin_class(choice, Sampler)
-        options = _parse_plugin_options(sampler_class, choice)
-        sampler: Sampler = sampler_class(self._config.model.vocab_size, self._device, options)
+        sampler: Sampler = _construct(choice, sampler_class, self._config.model.vocab_size, self._device)
         return sampler
 
     def make_vocab_sampler(self, model: Model, max_rows: int) -> VocabParallelSampler | None:
@@ -187,8 +183,8 @@ class ComponentLoader:
         processors = []
         for choice in self._config.plugins_of("logits_processor"):
             processor_class = _load_plugin_class(choice, LogitsProcessor)
-            options = _parse_plugin_options(processor_class, choice)
-            processors.append((choice.name, processor_class(self._config.model.vocab_size, self._device, options)))
+            processor = _construct(choice, processor_class, self._config.model.vocab_size, self._device)
+            processors.append((choice.name, processor))
         return processors
 
     def make_draft_runner(self, proposer: DeviceProposer, table: RequestTable, target_kv_cache: KVCache) -> DraftRunner:
@@ -243,7 +239,7 @@ class ComponentLoader:
                     f"choose another, or leave the flag out"
                 )
             if choice.target not in made:
-                made[choice.target] = plugin_class(self._device, _parse_plugin_options(plugin_class, choice))
+                made[choice.target] = _construct(choice, plugin_class, self._device)
             if operation != "all":
                 check_operation_name(operation, plugin_class, choice.name)
             names = plugin_class.list_operations() if operation == "all" else [operation]
@@ -323,7 +319,7 @@ class ComponentLoader:
         choice = self._config.plugin(key)
         loader_class = _load_plugin_class(choice, QuantizationLoader)
         quant_config = getattr(hf_config, "quantization_config", None) or {}
-        loader: QuantizationLoader = loader_class(quant_config, _parse_plugin_options(loader_class, choice))
+        loader: QuantizationLoader = _construct(choice, loader_class, quant_config)
         return loader
 
 
@@ -332,6 +328,7 @@ def _load_plugin_class(choice: PluginChoice, contract: type) -> Any:
     return load_target(choice.target, f"{contract.__module__}:{contract.__name__}")
 
 
-def _parse_plugin_options(plugin_class: type, choice: PluginChoice) -> Any:
-    """The choice's options as the class's own ``Options``."""
-    return parse_options(plugin_class, choice.options)
+def _construct(choice: PluginChoice, plugin_class: Any, *args: Any) -> Any:
+    """An object of the chosen class, whose last argument are the choice's options as the class's own ``Options``."""
+    options = parse_options(plugin_class, choice.options)
+    return construct_plugin(f"{choice.kind}/{choice.name}", plugin_class, *args, options)

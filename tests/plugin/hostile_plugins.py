@@ -19,8 +19,10 @@ import torch
 
 from quire.core.ops.implementations import TorchOperations
 from quire.core.sample.sampler import GumbelSampler
+from quire.core.worker.uniproc_executor import UniprocExecutor
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 from quire.plugins.kv.paged import PagedAllocator
+from quire.plugins.quant.none import Unquantized
 from quire.plugins.sched.fcfs import FCFSPolicy
 from quire.sdk import HostProposer, LogitsBatch, LogitsProcessor, MetricsExporter, NewRequest, Sampler
 
@@ -229,6 +231,35 @@ class ExporterRaises(MetricsExporter):
         raise RuntimeError("the secret is 4711")
 
     def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None: ...
+
+
+class EndsAtStart:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        sys.exit(8)
+
+
+class AllocatorEndsAtStart(EndsAtStart, PagedAllocator): ...
+
+
+class AttentionEndsAtStart(EndsAtStart, TorchSDPABackend): ...
+
+
+class ExecutorEndsAtStart(EndsAtStart, UniprocExecutor): ...
+
+
+class LoaderEndsAtStart(EndsAtStart, Unquantized): ...
+
+
+class OperationEndsAtStart(EndsAtStart, TorchOperations): ...
+
+
+class ProcessorEndsAtStart(EndsAtStart, ProcessorOfNaN): ...
+
+
+class ProposerEndsAtStart(EndsAtStart, ProposerOfTheWrongType): ...
+
+
+class SamplerEndsAtStart(EndsAtStart, GumbelSampler): ...
 
 
 class AttentionEndsTheProcess(Attention):

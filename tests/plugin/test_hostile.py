@@ -184,6 +184,28 @@ def test_what_cannot_be_contained_is_refused_at_start(
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "kind"),
+    [
+        ("AllocatorEndsAtStart", {"kv_allocator": "{}"}, "kv"),
+        ("AttentionEndsAtStart", {"attention_backend": "{}"}, "attention"),
+        ("ExecutorEndsAtStart", {"executor": "{}"}, "executor"),
+        ("LoaderEndsAtStart", {"quantization": "{}"}, "quant"),
+        ("OperationEndsAtStart", {"op": {"silu_and_mul": "{}"}}, "op"),
+        ("ProcessorEndsAtStart", {"logits_processors": ["{}"]}, "logits_processor"),
+        ("ProposerEndsAtStart", {"spec_method": "{}"}, "spec_decode"),
+        ("SamplerEndsAtStart", {"sampler": "{}"}, "sampler"),
+    ],
+)
+def test_a_constructor_that_ends_the_process_is_refused_by_name(
+    model: str, name: str, arguments: dict[str, Any], kind: str
+) -> None:
+    target = f"{HERE}:{name}"
+    with pytest.raises(PluginError) as refusal:
+        start_engine(model, **json.loads(json.dumps(arguments).replace("{}", target)))
+    assert f"{kind}/{target} cannot be constructed: it called sys.exit(8)" in str(refusal.value)
+
+
 def test_what_an_import_changes_in_the_process_is_changed_back(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

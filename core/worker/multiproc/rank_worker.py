@@ -97,7 +97,9 @@ class RankWorker:
             status.begin_message()
             try:
                 self._handle(self._codec.decode_to_rank(data))
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # of a plugin, ``SystemExit`` included
                 if not isinstance(error, QuireError):
                     _log.error("rank %d could not start", self._rank, exc_info=error)
                 self._send(StartFailed(describe_error(error, self._frames), type(error).__name__))
