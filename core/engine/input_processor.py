@@ -19,7 +19,7 @@ from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import ContextLengthError, InvalidRequestError, QuireError, RequestFailedError
 from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.arguments import ArgumentChecker
-from quire.core.plugin.quarantine import class_path
+from quire.core.plugin.quarantine import NEVER_CONTAINED, class_path
 from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams, check_text, to_integer
 from quire.core.scheduling_params import SchedulingParams
@@ -261,9 +261,9 @@ class InputProcessor:
         for processor in self._logits_processors:
             try:
                 processor.validate_params(params, self.vocab_size)
-            except QuireError:
+            except (*NEVER_CONTAINED, QuireError):
                 raise
-            except Exception:
+            except BaseException:
                 name = class_path(processor)
                 _log.exception("the logits processor %s raised in validate_params", name)
                 raise RequestFailedError(f"the logits processor {name} failed; the server's log says how") from None

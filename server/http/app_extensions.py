@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import format_error
 from quire.core.plugin.manager import PluginManager
-from quire.core.plugin.quarantine import CANCELLATIONS, Quarantine, run_outside_of_plugin
+from quire.core.plugin.quarantine import CANCELLATIONS, NEVER_CONTAINED, Quarantine, run_outside_of_plugin
 from quire.core.stats import QuarantinedPlugin
 from quire.server.http.errors import UnavailableError, make_error_response
 
@@ -76,7 +76,9 @@ class _GuardedMiddleware:
         self._guard = _Guard("middleware", name, on_fault)
         try:
             self._app: ASGIApp = middleware.cls(self._inside, *middleware.args, **middleware.kwargs)
-        except Exception as error:
+        except NEVER_CONTAINED:
+            raise
+        except BaseException as error:
             raise PluginError(f"{name}: the middleware cannot be constructed: {format_error(error)}") from error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -80,13 +81,14 @@ def test_special_tokens_that_the_tokenizer_adds_can_be_left_out(tmp_path: Path) 
     assert body.to_sampling_params({}).add_special_tokens is False
 
 
+@pytest.mark.parametrize("error", [KeyError, SystemExit, asyncio.CancelledError])
 def test_a_logits_processor_that_raises_on_parameters_is_named(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
     def validate_params(params: SamplingParams, vocab_size: int) -> None:
-        raise KeyError("a secret of the server")
+        raise error("a secret of the server")
 
     monkeypatch.setattr("quire.plugins.logits.logit_bias.LogitBias.validate_params", validate_params)
     with pytest.raises(RequestFailedError, match="logit_bias:LogitBias failed; the server's log says how") as raised:
         llm.generate([[5]], PARAMS)
-    assert "secret" not in str(raised.value) and "KeyError: 'a secret of the server'" in caplog.text
+    assert "secret" not in str(raised.value) and f"{error.__name__}: " in caplog.text

@@ -289,6 +289,36 @@ def test_a_request_that_is_cancelled_switches_nothing_off(passes_on: bool) -> No
     assert not told
 
 
+def test_routes_and_middleware_that_exit_do_not_end_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[QuarantinedPlugin] = []
+
+    def extend(app: FastAPI) -> None:
+        @app.get("/exits")
+        async def exits() -> None:
+            await asyncio.sleep(0)
+            sys.exit(3)
+
+        @app.middleware("http")
+        async def leave(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+            if request.url.query == "leave":
+                sys.exit(4)
+            return await call_next(request)
+
+    app = make_app(extend, told)
+    with TestClient(app) as http:
+        try:
+            assert [http.get(path).status_code for path in ("/exits", "/ours", "/ours?leave")] == [503, 200, 503]
+        finally:
+            app.state.watchdog.stop()
+    assert [each.kind for each in told] == ["route", "middleware"]
+    assert "middleware/quire-held-up/leave is switched off (raised)" in caplog.text
+
+
+def test_middleware_that_exits_when_constructed_is_refused_by_its_name() -> None:
+    with pytest.raises(PluginError, match=r"^quire-held-up/Leaves: the middleware .*: it called sys.exit\(5\)"):
+        make_app(lambda app: app.add_middleware(type("Leaves", (), {"__init__": lambda self, app: sys.exit(5)})), [])
+
+
 def test_middleware_that_cannot_be_constructed_is_refused_by_its_name() -> None:
     with pytest.raises(PluginError, match=r"^quire-held-up/Needy: the middleware cannot be constructed: .*'wish'"):
         make_app(lambda app: app.add_middleware(type("Needy", (), {"__init__": lambda self, app, wish: None})), [])
