@@ -68,9 +68,11 @@ class MaskFiller:
             return
         try:
             self._backend.begin_catch_up()
-        except Exception as error:
+        except NEVER_CONTAINED:
+            raise
+        except BaseException as error:
             self._catches_up = False
-            _log.error("a backend of structured output failed between two steps", exc_info=error)
+            _log.error("%s: begin_catch_up failed, and is not called again", class_path(self._backend), exc_info=error)
 
     def shutdown(self) -> None:
         """Let the thread end."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from quire import LLM, SamplingParams, StructuredOutputsParams
+from quire.core.contracts.structured_output import TokenizerInfo
 from quire.core.engine.engine_core import EngineCore
 from quire.core.engine.input_processor import InputProcessor
 from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
 from quire.core.structured_output import manager
+from quire.core.structured_output.mask_filler import MaskFiller
 from quire.core.testing.grammars import FaultyBackend
 
 BACKEND = "quire.core.testing.grammars:FaultyBackend"
@@ -89,6 +91,26 @@ def test_a_backend_that_fails_between_two_steps_is_not_told_of_others(llm, expec
         ends = run_together(llm, [PLAIN, make_params("ok")])
         assert (ends["0"], ends["1"]) == (expected["0"], expected["1"])
         assert not calls
+
+
+class Panic(BaseException):
+    """As of a Rust library: no ``Exception``."""
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, Panic])
+def test_whatever_a_backend_raises_between_two_steps_is_named(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Panics(FaultyBackend):
+        def begin_catch_up(self) -> None:
+            calls.append(1)
+            raise error
+
+    calls: list[int] = []
+    filler = MaskFiller(Panics(TokenizerInfo("{}", 200, ())), 1.0)
+    filler.begin_catch_up()
+    filler.begin_catch_up()
+    assert calls == [1] and "Panics: begin_catch_up failed" in caplog.text and error.__name__ in caplog.text
 
 
 def test_a_mask_that_never_comes_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
