@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
@@ -75,7 +76,7 @@ def prepare_schema(schema: Any) -> dict[str, Any]:
         raise InvalidRequestError("json: no answer can match the schema false", "structured_outputs")
     if schema is True:
         return {}
-    for path, each in walk_schemas(schema, ""):
+    for path, each in _walk_referenced(schema):
         _simplify(each)
         for keyword in each:
             if keyword in _REFUSED:
@@ -172,6 +173,34 @@ def walk_schemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]
         elif keyword in _SUBSCHEMA_MAPS and isinstance(value, dict):
             for name, each in value.items():
                 yield from walk_schemas(each, f"{where}/{name}")
+
+
+def _walk_referenced(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema inside ``schema`` once, and those that a ``$ref`` leads to where no keyword for schemas does."""
+    seen: dict[int, Any] = {}  # kept, so that no other takes its place in memory
+    references, known = ["#"], {"#"}
+    for reference in references:
+        start = _follow(reference, schema)
+        for path, each in walk_schemas(start, reference[1:]) if id(start) not in seen else ():
+            if id(each) in seen:
+                continue
+            seen[id(each)] = each
+            yield path, each
+            target = each.get("$ref")
+            if isinstance(target, str) and target not in known:
+                known.add(target)
+                references.append(target)
+
+
+def _follow(reference: str, root: Any) -> Any:
+    """What stands at ``#/...`` in ``root``; None if nothing does, or a value that answers are compared with."""
+    start, *steps = reference.split("/")
+    if start != "#":
+        return None
+    for step in steps:
+        key = unquote(step).replace("~1", "/").replace("~0", "~")
+        root = root.get(key) if isinstance(root, dict) and key not in ("const", "enum") else None
+    return root
 
 
 def _refuse(keyword: str, path: str, why: str) -> InvalidRequestError:

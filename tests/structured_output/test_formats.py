@@ -67,3 +67,21 @@ def test_a_format_of_the_standard_is_never_passed_over(name, compile_params) -> 
 def test_an_all_of_that_is_no_list_is_refused_by_name(keywords, all_of, compile_params) -> None:
     with pytest.raises(InvalidRequestError, match="allOf must be an array"):
         compile_params(json={**keywords, "allOf": all_of})
+
+
+@pytest.mark.parametrize("reference", ["#/components/A", "#/a~1b/c%20d", "#/components/B"])
+def test_formats_hold_wherever_a_reference_leads(reference, compile_params, accepts) -> None:
+    day = {"type": "object", "properties": {"day": {"format": "date"}, "count": {"format": "int64"}}}
+    components = {"A": day, "B": {"$ref": "#/components/A"}}
+    grammar = compile_params(json={"$ref": reference, "components": components, "a/b": {"c d": day}})
+    assert accepts(grammar, '{"day": "2024-02-29", "count": 3}')
+    assert not accepts(grammar, '{"day": "2023-02-29"}')
+    with pytest.raises(InvalidRequestError, match="'not' at /components/A"):
+        compile_params(json={"$ref": "#/components/A", "components": {"A": {"not": {"type": "string"}}}})
+
+
+def test_a_value_that_a_reference_leads_to_stays_as_it_is(compile_params) -> None:
+    """Answers are compared with it."""
+    properties = {"a": {"const": {"format": "int64"}}, "b": {"$ref": "#/properties/a/const"}}
+    with pytest.raises(InvalidRequestError, match="'format' is not supported with the value 'int64'"):
+        compile_params(json={"type": "object", "properties": properties})
