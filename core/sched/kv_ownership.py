@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from numbers import Integral
 
 from quire.core.contracts.kv import Allocation, KVAllocator, KVStats, PrefixMatch
 from quire.core.request import Request
@@ -46,9 +47,9 @@ class WatchedAllocator(KVAllocator):
     def count_cached_tokens(self, requests: Sequence[Request]) -> list[int]:
         """Checks that it is a number for each."""
         counts = self.allocator.count_cached_tokens(requests)
-        if len(counts) != len(requests) or not all(isinstance(count, int) for count in counts):
+        if len(counts) != len(requests) or not all(map(_is_integer, counts)):
             raise BrokenAllocationError(f"returned {counts!r:.100} for {len(requests)} requests")
-        return counts
+        return list(map(int, counts))
 
     def allocate(
         self,
@@ -123,9 +124,9 @@ class WatchedAllocator(KVAllocator):
     def num_free_blocks(self) -> int:
         """Checks that it is a number."""
         num_free = self.allocator.num_free_blocks()
-        if not isinstance(num_free, int):
+        if not _is_integer(num_free):
             raise BrokenAllocationError(f"returned {num_free!r:.100}, not a number")
-        return num_free
+        return int(num_free)
 
     def stats(self) -> KVStats:
         """Checks that they are ``KVStats``."""
@@ -176,3 +177,8 @@ class WatchedAllocator(KVAllocator):
     def _release(self, group: int, block: int) -> None:
         if block != _NULL_BLOCK:
             self._num_holders[group][block] -= 1
+
+
+def _is_integer(value: object) -> bool:
+    """Of numpy too, which some allocators count in; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from quire import LLM, SamplingParams
-from quire.core.sched.kv_ownership import WatchedAllocator
+from quire.core.contracts.kv import KVGroup
+from quire.core.request import Request
+from quire.core.sched.kv_ownership import BrokenAllocationError, WatchedAllocator
 from quire.core.testing.conformance import parametrize_with_checks
 from quire.plugins.kv.paged import PagedAllocator
 from quire.sdk import Allocation, PrefixMatch
@@ -22,6 +25,26 @@ PARAMS = [
 
 class Honest(PagedAllocator):
     """Of another author, and right."""
+
+
+class CountsInNumpy(PagedAllocator):
+    """Of another author, and right: numbers are numpy's."""
+
+    def num_free_blocks(self) -> Any:
+        return np.int64(super().num_free_blocks())
+
+    def count_cached_tokens(self, requests: Any) -> Any:
+        return np.zeros(len(requests), np.int32)  # a guess is allowed
+
+
+class CountsInBools(PagedAllocator):
+    """Compares in place of counting."""
+
+    def num_free_blocks(self) -> Any:
+        return super().num_free_blocks() > 0
+
+    def count_cached_tokens(self, requests: Any) -> Any:
+        return [False for _ in requests]
 
 
 class Mutates(PagedAllocator):
@@ -137,13 +160,26 @@ def test_it_is_replaced_and_answers_stay_right(
     assert f"{allocator.__name__} is quarantined (invalid_result)" in line and message in line
 
 
-def test_one_that_is_right_is_left_alone(tiny: Path, expected: Any) -> None:
-    llm = make_engine(tiny, Honest)
+@pytest.mark.parametrize("allocator", [Honest, CountsInNumpy])
+def test_one_that_is_right_is_left_alone(tiny: Path, expected: Any, allocator: type) -> None:
+    llm = make_engine(tiny, allocator)
     try:
         assert [generate(llm) for _ in range(2)] == [expected] * 2
         assert llm.get_stats()["plugin_quarantines_total"] == 0
     finally:
         llm.shutdown()
+
+
+def test_numbers_of_numpy_become_pythons_and_bools_are_no_numbers() -> None:
+    request = cast(Request, None)
+    watched = WatchedAllocator(CountsInNumpy([KVGroup()], 10, 4))
+    numbers = [watched.num_free_blocks(), *watched.count_cached_tokens([request, request])]
+    assert numbers == [9, 0, 0] and {type(number) for number in numbers} == {int}
+    watched = WatchedAllocator(CountsInBools([KVGroup()], 10, 4))
+    with pytest.raises(BrokenAllocationError, match="True, not a number"):
+        watched.num_free_blocks()
+    with pytest.raises(BrokenAllocationError, match="False"):
+        watched.count_cached_tokens([request])
 
 
 @parametrize_with_checks(Watched)
