@@ -259,6 +259,25 @@ def test_what_the_syntax_cannot_keep_is_refused_by_name(model: Model, family: st
         assert tag is not None and tag.load_json()["structures"][0]["begin"].startswith("<tool_call>\n{"), "as JSON"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_format_of_no_standard_asserts_nothing_of_an_argument(model: Model, family: str) -> None:
+    file = {"type": "string", "format": "path", "maxLength": 8}
+    data = {"anyOf": [{"type": "string", "format": "binary"}, {"type": "null"}]}
+    schema = {"type": "object", "properties": {"file": file, "data": data}, "required": ["file"]}
+    use = read_tool_use([{"type": "function", "function": {"name": "read", "parameters": schema, "strict": True}}])
+    grammar = model.compile(model.make_parsers(family), use)
+    assert model.accepts(grammar, render(family, Turn(calls=[("read", {"file": "a/b.txt", "data": "xyz"})])))
+    assert not model.accepts(grammar, render(family, Turn(calls=[("read", {"file": "a/bcd.txt"})])))
+
+
+@pytest.mark.parametrize("name", ["time", "email", "uuid", "ipv4", "uri", "regex", "idn-email", "duration", "hostname"])
+def test_a_format_of_the_standard_is_never_passed_over(model: Model, name: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "format": name}}}
+    use = read_tool_use([{"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}])
+    with pytest.raises(UnsupportedError, match="'f' is strict: 'format' at /properties/a"):
+        model.make_parsers("glm45").constrain_params(use, [5], SamplingParams())
+
+
 def test_an_answer_in_json_stands_in_the_final_channel(model: Model) -> None:
     """gpt-oss thinks, says something, and answers or calls."""
     if len(model.eos) == 1:
