@@ -40,10 +40,13 @@ class StepFailures:
         if isinstance(error, EngineDeadError):
             raise error
         raiser = PluginFrames(self._config).find_raiser(error) or ("", "")
-        kind, name = self._find_cause(raiser, error)
-        place = f" in {kind}/{name}" if kind else ""
-        hint = f" (what it gave to {'/'.join(raiser)})" if (kind, name) != raiser else ""
-        _log.error("step %d failed%s%s; its requests end with an error", step.step, place, hint, exc_info=error)
+        suspects = self._find_suspects(raiser, error)
+        # One of several is not picked to be counted, and to be left out after more such steps.
+        kind, name = suspects[0] if len(suspects) == 1 else raiser
+        place = f" in {'/'.join(raiser)}" if raiser[0] else ""
+        if suspects:
+            place += f", perhaps for what {' or '.join(map('/'.join, suspects))} returned"
+        _log.error("step %d failed%s; its requests end with an error", step.step, place, exc_info=error)
         self.num_failures += 1
         what = "ran out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
         outputs = scheduler.fail_step(step, f"a step of the engine {what}{place}; the engine's log says why")
@@ -72,15 +75,15 @@ class StepFailures:
         self.num_failures += len(outputs.step_failures)
         return outputs
 
-    def _find_cause(self, raiser: tuple[str, str], error: BaseException) -> tuple[str, str]:
-        """What is told to be at fault: ``raiser``, unless it is a bundled layer. That raises because of what it was
-        given, by an operation of another author if there is one."""
+    def _find_suspects(self, raiser: tuple[str, str], error: BaseException) -> list[tuple[str, str]]:
+        """The operations of other authors, where ``raiser`` is a bundled layer: what they returned may be why it
+        raised. Memory and the device fail for other reasons."""
         is_bundled = raiser[0] in LAYER_KINDS and PluginFrames(self._config).is_bundled(raiser)
-        if is_bundled and not isinstance(error, torch.OutOfMemoryError):
-            for choice in self._config.plugins.values():
-                if choice.kind == "op" and not choice.is_bundled:
-                    return choice.kind, choice.name
-        return raiser
+        is_of_device = isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) is not None
+        if not is_bundled or is_of_device:
+            return []
+        chosen = self._config.plugins.values()
+        return list(dict.fromkeys((c.kind, c.name) for c in chosen if c.kind == "op" and not c.is_bundled))
 
     def _describe_fault(self, fault: int) -> tuple[str, StepFailure]:
         """What is told of a row, and to whom it is counted."""

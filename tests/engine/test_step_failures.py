@@ -6,7 +6,8 @@ import asyncio
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -14,8 +15,9 @@ from quire import LLM, AsyncLLM, SamplingParams
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
 from quire.core.engine.restarts import EngineRestarter
+from quire.core.engine.step_failures import StepFailures
 from quire.core.engine.step_health import StepHealth
-from quire.core.errors import RequestFailedError
+from quire.core.errors import RequestFailedError, WorkerError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs
 from quire.core.ops.implementations import TorchOperations
 from quire.core.sample.sampler import GumbelSampler
@@ -43,6 +45,13 @@ class FailingOperation(TorchOperations):
         if len(gate_up) == TRIGGER:
             raise RuntimeError("the secret is 4711")
         return super().silu_and_mul(gate_up, output_format)
+
+
+class OtherOperation(TorchOperations):
+    """Another one."""
+
+
+ATTENTION, OP = "attention/torch_sdpa", f"op/{__name__}:FailingOperation"
 
 
 class FailingSampler(GumbelSampler):
@@ -128,6 +137,33 @@ def test_failures_are_counted_and_a_plugin_that_keeps_failing_is_replaced(
     assert f"{kind}/{plugin} is left out; " in caplog.text
     name = f'kind="{kind}",model_name="{tiny}",name="{plugin}"'
     assert f"quire:step_failures_total{{{name}}} 11.0" in text, "those that brought about another engine are counted"
+
+
+@pytest.mark.parametrize(
+    ("operations", "error_code", "place", "counted"),
+    [
+        ([FailingOperation], None, f"failed in attention/torch_sdpa, perhaps for what {OP} returned", OP),
+        ([FailingOperation, OtherOperation], None, f"perhaps for what {OP} or op/{__name__}:OtherOperation", ATTENTION),
+        ([FailingOperation], 700, f"failed in {ATTENTION};", ATTENTION),
+        ([], None, f"failed in {ATTENTION};", ATTENTION),
+    ],
+)
+def test_operations_are_suspects_where_a_bundled_layer_fails(
+    tiny: Path, operations: list[Any], error_code: int | None, place: str, counted: str
+) -> None:
+    """Where there is one, it is counted; the failures of a device are of none."""
+    chosen = dict(zip(("silu_and_mul", "rms_norm"), operations, strict=False))
+    config = build_config(EngineArgs(model=str(tiny), device="cpu", op=chosen)).config
+
+    def fail_step(step: Any, error: str) -> EngineCoreOutputs:
+        errors.append(error)
+        return EngineCoreOutputs([])
+
+    errors: list[str] = []
+    error = WorkerError("of another shape", ("attention", "torch_sdpa"), error_code)
+    scheduler, step = SimpleNamespace(fail_step=fail_step), SimpleNamespace(step=3)
+    outputs = StepFailures(config).fail_step(cast(Any, scheduler), cast(Any, step), error)
+    assert place in errors[0] and [f"{f.kind}/{f.name}" for f in outputs.step_failures] == [counted]
 
 
 @pytest.mark.parametrize(("kind", "can_be_replaced"), [("attention", True), ("model", False)])
