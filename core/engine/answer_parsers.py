@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from quire.core.stats import QuarantinedPlugin
 from quire.core.structured_outputs import StructuredOutputsParams
 
 __all__ = ["AnswerParsers"]
+
+_log = logging.getLogger("quire.engine")
 
 _PROMPT_END_TOKENS = 32
 """How much of a prompt's end is looked at for reasoning that it has begun."""
@@ -128,7 +131,7 @@ class AnswerParsers:
             use.functions,
             in_reasoning=bool(in_reasoning),
             max_calls=use.max_calls,
-            quarantine=self._tools_quarantine,
+            quarantine=None if tools is self._enforced else self._tools_quarantine,
         )
 
     def read_message(
@@ -177,8 +180,11 @@ class AnswerParsers:
         except (*NEVER_CONTAINED, UnsupportedError):
             raise
         except BaseException as error:
-            what = f"{type(error).__name__}: {read_error_text(error)}"
-            self._tools_quarantine.switch_off("raised", f"a format of calls raised {what}", error)
+            what = f"a format of calls raised {type(error).__name__}: {read_error_text(error)}"
+            if tools is self._enforced:
+                _log.error("%s", what, exc_info=error)
+                raise RequestFailedError("the calls cannot be enforced; the server's log says why") from error
+            self._tools_quarantine.switch_off("raised", what, error)
             message = f"tool_parser/{self._tools_quarantine.name} failed; the server's log says why"
             raise RequestFailedError(message) from error
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from quire import LLM, SamplingParams
 from quire.core.engine.answer_parsers import AnswerParsers
+from quire.core.engine.call_constraints import EnforcedCalls
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.tool_use import ToolUse, read_tool_use
 from quire.core.errors import InvalidRequestError, PluginError, RequestFailedError
@@ -136,10 +137,22 @@ def test_a_parser_that_cannot_say_its_formats_is_quarantined(tokenizer, caplog):
     assert constrained.structured_outputs.load_json()["triggers"] == ["<tool_call>"], "in another syntax"
     assert [(each.kind, each.reason) for each in quarantined] == [("tool_parser", "raised")]
     assert "not today" in caplog.text
+    text = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+    message = parsers.read_message(read_tool_use(TOOLS, "required"), [5], answer(tokenizer, text), Params())
+    assert [call.name for call in message.tool_calls] == ["get_time"], "what is enforced is read all the same"
     parsers = make_parsers(tokenizer, parser=HasNoFormats())
     strict = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": True}}
     with pytest.raises(RequestFailedError, match=r"tool_parser/.* failed; the server's log says why"):
         parsers.constrain_params(read_tool_use([strict]), [5], Params())  # what is strict is not lifted
+
+
+def test_the_models_parser_has_no_part_in_what_enforced_calls_raise(tokenizer, caplog, monkeypatch):
+    quarantined = []
+    monkeypatch.setattr(EnforcedCalls, "list_call_formats", HasNoFormats.list_call_formats)
+    parsers = make_parsers(tokenizer, "glm45", parser=JsonToolParser(), on_quarantine=quarantined.append)
+    with pytest.raises(RequestFailedError, match=r"the calls cannot be enforced; the server's log says why"):
+        parsers.constrain_params(read_tool_use(TOOLS, "required"), [5], Params())
+    assert "not today" in caplog.text and not quarantined
 
 
 class HasNoMarkers(Breaks):
