@@ -104,6 +104,12 @@ class Quarantine:
             try:
                 self.running_call = self._num_calls
                 return function(*args)
+            except NEVER_CONTAINED:
+                raise
+            except self._not_faults:
+                raise
+            except BaseException as error:
+                fault, text = error, read_error_text(error)  # within the call: it is code of the plugin as well
             finally:
                 self.running_call = 0
                 if self._interrupted_thread:
@@ -114,12 +120,9 @@ class Quarantine:
             self._end_interrupt()
             self.switch_off("hung", f"{_name_of(function)} did not return and was interrupted")
             return None
-        except NEVER_CONTAINED:
-            raise
-        except BaseException as error:
-            what = f"{type(error).__name__}: {read_error_text(error)}"
-            self.switch_off("raised", f"{_name_of(function)} raised {what}", error)
-            return None
+        self.switch_off("raised", f"{_name_of(function)} raised {type(fault).__name__}: {text}", fault)
+        del fault  # whose traceback has this frame
+        return None
 
     def call_timed(self, function: Callable[..., _T], *args: object) -> _T | None:
         """As ``call``. A function that takes longer than ``time_limit_s``, ``max_slow_calls`` times in a row, is a

@@ -97,6 +97,24 @@ def test_an_interrupt_that_the_plugin_swallows_leaves_nothing_behind() -> None:
     assert "divide" in traced
 
 
+def test_an_error_whose_text_never_comes_is_interrupted() -> None:
+    told: list[QuarantinedPlugin] = []
+    quarantine = Quarantine("policy", "mine", told.append)
+
+    class EndlessError(Exception):
+        def __str__(self) -> str:
+            call = quarantine.running_call
+            assert call and quarantine.interrupt_call(call, threading.get_ident())
+            while True:
+                time.sleep(0)
+
+    def fail() -> None:
+        raise EndlessError
+
+    assert quarantine.call(fail) is None and not quarantine.running_call
+    assert told == [QuarantinedPlugin("policy", "mine", "hung")]
+
+
 def count_cached_tokens(interrupt: Callable[..., Any], told: list[QuarantinedPlugin]) -> object:
     class Slow(PagedAllocator):
         count_cached_tokens = interrupt
