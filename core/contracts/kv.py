@@ -107,7 +107,9 @@ class KVAllocator(ABC):
 
         The first call for a request (or after ``free``) may pass the ``prefix_match`` to start from; its blocks get a
         reference. ``num_reserved_blocks`` blocks per group must remain free afterwards (the watermark). Shared blocks
-        that will be written are replaced and listed in ``copies``. ``None``: not enough blocks, nothing changed.
+        that will be written are replaced and listed in ``copies``. ``None``: not enough blocks, nothing changed. Blocks
+        that no request holds can be had at once, also by one that frees late: while none is held, a refusal of what the
+        pool has is a fault.
         """
 
     @abstractmethod
