@@ -15,6 +15,7 @@ from quire.core.errors import CheckpointError, ConfigError, PluginError, QuireEr
 from quire.core.plugin.discovery import format_error
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
+from quire.core.plugin.quarantine import NEVER_CONTAINED
 from quire.server.cli.flags import parse_float, parse_int
 
 __all__ = ["add_parser", "run"]
@@ -197,9 +198,9 @@ def _run_quantizer(
         made_by: object = None
         try:
             made_by = quantizer.quantize(job)
-        except (QuireError, KeyboardInterrupt):
+        except (*NEVER_CONTAINED, QuireError):
             raise
-        except BaseException as error:  # a plugin may raise anything, SystemExit included
+        except BaseException as error:
             reason = format_error(error, type(quantizer).__module__)
             raise ConfigError(f"quantizer/{name} could not quantize {model}: {reason}") from None
         if not isinstance(made_by, str) or not (folder / "config.json").is_file() or not _weight_bytes(folder):
