@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from quire.core.adapters import AdapterActivity
 from quire.core.config import EngineConfig
@@ -50,8 +49,8 @@ class ExporterGroup:
         exporters = []
         for choice in config.plugins_of("metrics"):
             exporter = load_target(choice.target, MetricsExporter)
-            construct = partial(exporter, labels, parse_options(exporter, choice.options))
-            exporters.append((choice.name, construct_plugin(f"metrics/{choice.name}", construct)))
+            options = parse_options(exporter, choice.options)
+            exporters.append((choice.name, construct_plugin(f"metrics/{choice.name}", exporter, labels, options)))
         return cls(exporters)
 
     @property

@@ -56,14 +56,15 @@ class Resolution:
 
 
 def construct_plugin(place: str, construct: Callable[..., _T], *args: Any, **options: Any) -> _T:
-    """What ``construct`` returns. What it raises becomes a PluginError of one line that names the plugin, ``place``;
-    a ``QuireError`` is raised as it is."""
+    """What ``construct`` returns. What it raises becomes a PluginError of one line that names the plugin, ``place``,
+    and where ``construct`` is its class the line of its code; a ``QuireError`` is raised as it is."""
     try:
         return construct(*args, **options)
     except (*NEVER_CONTAINED, QuireError):
         raise
     except BaseException as error:
-        raise PluginError(f"{place} cannot be constructed: {format_error(error)}; mend it or choose another") from error
+        reason = format_error(error, construct.__module__ if isinstance(construct, type) else None)
+        raise PluginError(f"{place} cannot be constructed: {reason}; mend it or choose another") from error
 
 
 def load_target(target: str, contract: type | str | None = None) -> type:
