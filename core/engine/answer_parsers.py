@@ -70,14 +70,14 @@ class AnswerParsers:
             plugin = load_target(choice.target, contract)
             options = parse_options(plugin, choice.options)
 
-            def construct() -> Any:
+            def construct_parser() -> Any:
                 parser = plugin(options)
                 texts = parser.markers if kind == "tool_parser" else (*parser.begin, *parser.end, *parser.dropped)
                 if not all(isinstance(text, str) for text in texts):
                     raise TypeError(f"its markers are {texts!r:.100}, not texts")
                 return parser
 
-            return construct_plugin(f"{kind}/{choice.name}", construct)
+            return construct_plugin(f"{kind}/{choice.name}", construct_parser)
 
         return cls(
             make("tool_parser", ToolParser),

@@ -60,7 +60,7 @@ def test_make_targets_exist(all_blocks, root):
     assert named <= {line.split()[1] for line in listed.stdout.splitlines()}
 
 
-def parse(words, capsys):
+def parse_command(words, capsys):
     """What the command line does not know of a command, and what it says of it."""
     parser, _ = make_parsers()
     try:
@@ -71,11 +71,11 @@ def parse(words, capsys):
 
 
 def parse_span(command, capsys):
-    """As ``parse``, of a command within a sentence, which may leave out what is required, and has placeholders. What
-    it misses is filled in: argparse looks at no flags before."""
+    """As ``parse_command``, of a command within a sentence, which may leave out what is required, and has placeholders.
+    What it misses is filled in: argparse looks at no flags before."""
     words = shlex.split(re.sub(r"\b[NX]\b", "1", command.replace("COMMAND", "serve")))
     words = [word for word in words if word != "--help"]
-    unknown, said = parse(words, capsys)
+    unknown, said = parse_command(words, capsys)
     for _ in range(4):
         if flag := re.search(r"(-\S+): expected (\S+) argument", said):
             place = words.index(flag[1]) + 1
@@ -86,7 +86,7 @@ def parse_span(command, capsys):
                 words += [name, "1"] if name.startswith("-") else [value]
         else:
             break
-        unknown, said = parse(words, capsys)
+        unknown, said = parse_command(words, capsys)
     return unknown, said
 
 
@@ -95,7 +95,7 @@ def test_quire_commands_parse(all_blocks, capsys):
     unnamed = [replace(block, language="sh") for block in all_blocks if re.match(r"(\w+=\S+ )?quire ", block.text)]
     commands = [each for each in shell_lines([*all_blocks, *unnamed]) if each[1][0] == "quire"]
     for where, words in commands:
-        unknown, said = parse(words, capsys)
+        unknown, said = parse_command(words, capsys)
         assert not unknown, f"{where}: quire does not know {unknown}: {said}"
     assert len(commands) > 60
 

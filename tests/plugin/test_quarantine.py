@@ -108,10 +108,10 @@ def test_an_error_whose_text_never_comes_is_interrupted() -> None:
             while True:
                 time.sleep(0)
 
-    def fail() -> None:
+    def raise_error() -> None:
         raise EndlessError
 
-    assert quarantine.call(fail) is None and not quarantine.running_call
+    assert quarantine.call(raise_error) is None and not quarantine.running_call
     assert told == [QuarantinedPlugin("policy", "mine", "hung")]
 
 
@@ -133,7 +133,7 @@ def make_options(interrupt: Callable[..., Any], told: list[QuarantinedPlugin]) -
     return parse_options(Slow, {})
 
 
-def construct(interrupt: Callable[..., Any], told: list[QuarantinedPlugin]) -> object:
+def construct_operation(interrupt: Callable[..., Any], told: list[QuarantinedPlugin]) -> object:
     return construct_plugin("op/slow", interrupt)
 
 
@@ -149,7 +149,7 @@ def call_control_method(interrupt: Callable[..., Any], told: list[QuarantinedPlu
 
 @pytest.mark.parametrize(
     "call",
-    [count_cached_tokens, make_options, construct, read_error, call_control_method],
+    [count_cached_tokens, make_options, construct_operation, read_error, call_control_method],
     ids=lambda call: call.__name__,
 )
 def test_an_interrupt_ends_the_call_for_which_it_is_meant(
