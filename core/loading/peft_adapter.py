@@ -7,15 +7,19 @@ that of ``peft.LoraConfig`` and ``PeftModel.save_pretrained``.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import torch
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -27,6 +31,9 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_CONFIG_BYTES = 1 << 20
+_NO_LINEAR_LAYERS = ("embed_tokens", "lm_head")
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 class PeftConfig(msgspec.Struct, frozen=True):
@@ -39,12 +46,16 @@ class PeftConfig(msgspec.Struct, frozen=True):
     target_modules: list[str] | str | None = None
     """Names of modules, or the ends of such; a text is a regular expression. What counts is which tensors there are."""
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
     bias: str = "none"
     lora_bias: bool = False
     use_dora: bool = False
     use_qalora: bool = False
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    monteclora_config: Any = None
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: Any = None
@@ -55,11 +66,15 @@ class PeftConfig(msgspec.Struct, frozen=True):
 
     def find_unsupported(self) -> str | None:
         """The first field that asks for what is not LoRA as Quire computes it, and what to do; None: there is none."""
-        base_changed = str(self.init_lora_weights).lower().startswith(("pissa", "olora", "corda"))
+        base_changed = str(self.init_lora_weights).lower().startswith(_BASE_CHANGING_INITS)
         reasons = {
             f"peft_type {self.peft_type}": self.peft_type != "LORA",
             "use_dora: DoRA": self.use_dora,
             "use_qalora": self.use_qalora,
+            "use_bdlora: block-diagonal LoRA": self.use_bdlora is not None and self.use_bdlora is not False,
+            "arrow_config: a router of adapters": self.arrow_config is not None,
+            "kasa_config: KaSA": self.kasa_config is not None,
+            "monteclora_config: MonteCLoRA": self.monteclora_config is not None,
             "fan_in_fan_out": self.fan_in_fan_out,
             f"modules_to_save {self.modules_to_save}: whole modules": bool(self.modules_to_save),
             "trainable_token_indices: trained embeddings": bool(self.trainable_token_indices),
@@ -74,13 +89,13 @@ class PeftConfig(msgspec.Struct, frozen=True):
 
     def get_rank(self, module: str) -> int:
         """The rank of ``module``."""
-        return self.r if (key := _find_pattern(self.rank_pattern, module)) is None else self.rank_pattern[key]
+        rank: int = _find_value(self.rank_pattern, module, self.r)
+        return rank
 
     def get_scaling(self, module: str) -> float:
         """By what ``B A x`` of ``module`` is multiplied: alpha over the rank, or over its root (rsLoRA)."""
         rank = self.get_rank(module)
-        key = _find_pattern(self.alpha_pattern, module)
-        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
+        alpha: float = _find_value(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -161,11 +176,20 @@ def compute_content_hash(path: str | Path) -> str:
     folder, digest = Path(path), hashlib.blake2b(digest_size=16)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         try:
-            with (folder / name).open("rb") as file:
+            with _open_file(folder / name) as file:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         except OSError as error:
             raise CheckpointError(f"adapter {str(path)!r} {_explain_unreadable(folder, name, error)}") from None
     return digest.hexdigest()
+
+
+def _open_file(path: Path) -> io.BufferedReader:
+    """Waits for nobody, as opening a named pipe does. Raises ``OSError`` for what is not a file."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115  (returned)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(0, "it is not a regular file")
+    return file
 
 
 def _explain_unreadable(folder: Path, name: str, error: OSError) -> str:
@@ -178,19 +202,24 @@ def _explain_unreadable(folder: Path, name: str, error: OSError) -> str:
         )
     if isinstance(error, FileNotFoundError):
         return f"has no {name}; give a folder that PEFT wrote"
-    return f"has a {name} that cannot be read ({error.strerror})"
+    return f"has {name}, which cannot be read ({error.strerror}); give a folder that PEFT wrote"
 
 
 def _read_config(folder: Path) -> PeftConfig:
     try:
-        config = msgspec.json.decode((folder / CONFIG_NAME).read_bytes(), type=PeftConfig)
-        if min(config.r, *config.rank_pattern.values(), 1) < 1:
+        with _open_file(folder / CONFIG_NAME) as file:
+            data = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(data) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {_MAX_CONFIG_BYTES} bytes")
+        config = msgspec.json.decode(data, type=PeftConfig)
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        if min(config.r, *ranks.values(), 1) < 1:
             raise ValueError("r must be at least 1")
-        for pattern in (*config.rank_pattern, *config.alpha_pattern):
-            re.compile(pattern)
-        if not all(math.isfinite(alpha) for alpha in (config.lora_alpha, *config.alpha_pattern.values())):
+        for pattern in (*ranks, *alphas):
+            _compile_pattern(pattern)
+        if not all(math.isfinite(alpha) for alpha in (config.lora_alpha, *alphas.values())):
             raise ValueError("lora_alpha must be finite")
-    except (OSError, ValueError, re.error, msgspec.MsgspecError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder / CONFIG_NAME} is not an adapter's configuration: {error}") from None
     return config
 
@@ -223,7 +252,11 @@ def _pair_tensors(
         if found is None:
             raise CheckpointError(f"its tensor {key!r} is not lora_A or lora_B of a linear layer; train it without")
         module = _resolve_module(found["module"].removeprefix(_PREFIX), module_shapes)
-        matrices.setdefault(module, {})[found["matrix"]] = key  # type: ignore[index]  # A or B, as matched
+        other = matrices.setdefault(module, {}).setdefault(found["matrix"], key)  # type: ignore[arg-type]  # A or B
+        if other != key:
+            raise CheckpointError(
+                f"its tensors {other!r} and {key!r} are of one module; save it again with one of them"
+            )
     if not matrices:
         raise CheckpointError("it has no tensors")
     modules = {}
@@ -240,6 +273,7 @@ def _pair_tensors(
 
 def _check_targets(target_modules: list[str], module_shapes: Mapping[str, tuple[int, int]]) -> None:
     for target in target_modules:
+        _check_is_linear(target)
         if not any(name == target or name.endswith(f".{target}") for name in module_shapes):
             kinds = sorted({name.rpartition(".")[2] for name in module_shapes})
             raise CheckpointError(f"its target module {target!r} is none of the model's: {', '.join(kinds)}")
@@ -252,7 +286,15 @@ def _resolve_module(stored_name: str, module_shapes: Mapping[str, tuple[int, int
     for name in (stored_name, f"model.{stored_name}"):
         if name in module_shapes:
             return name
+    _check_is_linear(stored_name)
     raise CheckpointError(f"it has weights for {stored_name!r}, which is no linear layer of this model; check its base")
+
+
+def _check_is_linear(module: str) -> None:
+    if module.rpartition(".")[2] in _NO_LINEAR_LAYERS:
+        raise CheckpointError(
+            f"it changes {module!r}, and adapters cannot change embeddings and the head; train it without them"
+        )
 
 
 def _check_pair(
@@ -284,6 +326,17 @@ def _check_range(module: str, weights: LoraWeights) -> None:
             )
 
 
-def _find_pattern(patterns: Iterable[str], module: str) -> str | None:
-    """The first pattern that matches the end of the module's name, as PEFT looks it up."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+def _find_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """That of the first pattern that matches the end of the module's name, as PEFT looks it up."""
+    found = (value for key, value in (patterns or {}).items() if _compile_pattern(key).isinstance_python(module))
+    return next(found, default)
+
+
+def _compile_pattern(pattern: str) -> SchemaValidator:
+    """The expression by an engine whose time grows with the text alone: with Python's own, which backtracks, an adapter
+    could hold the process for hours. Raises ``ValueError``."""
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=rf"^(?:.*\.)?(?:{pattern})$"))
+    except SchemaError as error:
+        reason = str(error).splitlines()[-1].strip().removeprefix("SchemaError: ").removeprefix("error: ")
+        raise ValueError(f"the pattern {pattern[:100]!r} cannot be used: {reason}") from None

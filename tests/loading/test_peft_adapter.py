@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quire.core.errors import CheckpointError
-from quire.core.loading.peft_adapter import read_adapter
+from quire.core.loading.peft_adapter import compute_content_hash, read_adapter
 from quire.core.testing.tiny_adapters import get_module_shapes, make_tiny_adapter
 from quire.core.testing.tiny_models import make_tiny_model
 
@@ -113,12 +116,17 @@ def test_weights_take_the_dtype_that_is_asked_for(adapter: Path) -> None:
         ({"peft_type": "IA3"}, "peft_type IA3"),
         ({"bias": "all"}, "bias all"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga: an adapter of a base with other weights"),
+        ({"kasa_config": {"beta": 0.1}}, "KaSA"),
         ({"target_modules": ["q_proj", "query_key_value"]}, "target module 'query_key_value' is none of the model's"),
         ({"r": 64}, "rank 64 is above --max-lora-rank 16"),
         ({"r": 0}, "r must be at least 1"),
         ({"r": "many"}, r"Expected `int`, got `str` - at `\$.r`"),
         ({"r": 8}, r"lora_A of .* has shape \[4, "),
-        ({"rank_pattern": {"(": 4}}, "is not an adapter's configuration"),
+        ({"rank_pattern": {"(": 4}}, r"the pattern '\(' cannot be used: unclosed group"),
+        ({"alpha_pattern": {"(?!up)_proj": 4}}, "look-around, including look-ahead and look-behind, is not supported"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "changes 'lm_head', and adapters cannot change .* the head"),
+        ({"comment": "x" * (1 << 20)}, "has more than 1048576 bytes"),
     ],
 )
 def test_a_config_that_is_not_plain_lora_is_refused_by_name(
@@ -128,6 +136,50 @@ def test_a_config_that_is_not_plain_lora_is_refused_by_name(
     with pytest.raises(CheckpointError, match=says) as refused:
         read_adapter(adapter, max_rank=16, module_shapes=shapes)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft imports
+def test_every_variant_of_peft_is_refused_by_name(adapter: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """All but that which changes training alone: a new one has to be looked at."""
+    peft = pytest.importorskip("peft")
+    variants = {field.name for field in dataclasses.fields(peft.LoraConfig) if field.metadata.get("is_lora_variant")}
+    for name in sorted(variants - {"velora_config"}):
+        config = (adapter / "adapter_config.json").read_text()
+        change_config(adapter, **{name: [1, 2] if name == "alora_invocation_tokens" else {"field": 1}})
+        if name.startswith("use_") and isinstance(getattr(peft.LoraConfig(), name), bool):
+            change_config(adapter, **{name: True})
+        with pytest.raises(CheckpointError, match=f"is not plain LoRA .*{name}"):
+            read_adapter(adapter, max_rank=16, module_shapes=shapes)
+        (adapter / "adapter_config.json").write_text(config)
+
+
+def test_a_pattern_takes_no_longer_than_its_text(adapter: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """It would hold the whole process where an engine that backtracks looked for it."""
+    change_config(adapter, rank_pattern={r"(([a-z_.0-9])+)+!": 8}, alpha_pattern={r".*.*.*.*.*.*.*.*.*.*!": 1})
+    begin = time.monotonic()
+    read = read_adapter(adapter, max_rank=16, module_shapes=shapes)
+    assert read.max_rank == 4 and time.monotonic() - begin < 5
+
+
+def test_patterns_that_are_null_are_none(adapter: Path) -> None:
+    change_config(adapter, rank_pattern=None, alpha_pattern=None)
+    assert read_adapter(adapter, max_rank=4).max_rank == 4
+
+
+def test_a_configuration_without_end_is_refused_in_one_line(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text('{"r": 4, "lora_alpha": 4, "layer_replication": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    with pytest.raises(CheckpointError, match="is not an adapter's configuration: maximum recursion depth"):
+        read_adapter(adapter, max_rank=4)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_that_nobody_writes_to_is_refused_and_not_waited_for(adapter: Path, name: str) -> None:
+    (adapter / name).unlink()
+    os.mkfifo(adapter / name)
+    for read in (lambda: read_adapter(adapter, max_rank=4), lambda: compute_content_hash(adapter)):
+        with pytest.raises(CheckpointError, match=f"has {name}, which cannot be read .it is not a regular file"):
+            read()
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -143,6 +195,11 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 64, dtype=torch.int8)}), "int8"),
         (lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(64)}), "lora_magnitude_vector"),
         (lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 320)}), "embed"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 64)}),
+            "'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight' and 'model.layers.0.* are of one module",
+        ),
+        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}), "changes 'lm_head', and"),
         (lambda t: t.clear(), "no tensors"),
     ],
 )
