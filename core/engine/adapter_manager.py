@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 
 from quire.core.adapters import AdapterRef, LoRARequest
 from quire.core.engine.adapter_registry import AdapterRegistry
-from quire.core.errors import ControlCallError
+from quire.core.errors import ControlCallError, QuireError
 
 __all__ = ["AdapterManager"]
 
@@ -44,33 +45,44 @@ class AdapterManager:
         """The adapter of a request, loaded if it is not yet. Raises what ``load_adapter`` does."""
         if request is None or isinstance(request, AdapterRef):
             return request
-        ref = self._registry.find_requested(request)
+        ref = self._registry.find_loaded(request) or await asyncio.to_thread(self._registry.find_requested, request)
         if ref is not None:
             return ref
+        inplace, parent = request.load_inplace, request.base_model_name
         try:
-            return await self.load_adapter(request.lora_name, request.lora_path, load_inplace=request.load_inplace)
+            return await self.load_adapter(
+                request.lora_name, request.lora_path, load_inplace=inplace, base_model_name=parent
+            )
         except ValueError:
-            ref = self._registry.find_requested(request)  # another request may have loaded it meanwhile
+            # Another request may have loaded it meanwhile.
+            ref = await asyncio.to_thread(self._registry.find_requested, request)
             if ref is None:
                 raise
             return ref
 
-    async def load_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
+    async def load_adapter(
+        self, name: str, path: str, *, load_inplace: bool = False, base_model_name: str | None = None
+    ) -> AdapterRef:
         """Load a LoRA adapter from a folder that PEFT wrote, or from the hub. ``load_inplace`` replaces the one that
-        has the name; requests that have begun keep that. Returns once requests can use it. Raises
-        ``InvalidRequestError`` and ``CheckpointError``, one line each, and what ``AsyncLLM.call_control`` does."""
+        has the name; requests that have begun keep that. ``base_model_name`` is what ``/v1/models`` calls its base.
+        Returns once requests can use it; cancelled, it leaves nothing behind. Raises ``InvalidRequestError`` and
+        ``CheckpointError``, one line each, and what ``AsyncLLM.call_control`` does."""
         self._lock = self._lock or asyncio.Lock()
         async with self._lock:
             read = self._registry.read_adapter
-            ref = await asyncio.to_thread(read, name, path, load_inplace=load_inplace)
+            options: dict[str, Any] = {"load_inplace": load_inplace, "base_model_name": base_model_name}
+            ref = await asyncio.to_thread(read, name, path, **options)
             arguments, pause = {"adapter": msgspec.to_builtins(ref)}, _POLL_S
             try:
                 async with asyncio.timeout(_LOAD_TIMEOUT_S):
                     while not await self._call_control("add_adapter", arguments):
                         await asyncio.sleep(pause)
                         pause = min(2 * pause, _MAX_POLL_S)
-            except TimeoutError:
-                await self._remove(ref)
+            except BaseException as error:
+                with contextlib.suppress(QuireError):
+                    await self._remove(ref)
+                if not isinstance(error, TimeoutError):
+                    raise
                 raise ControlCallError(f"the adapter {name!r} was not read in {_LOAD_TIMEOUT_S:.0f} s") from None
             replaced = self._registry.add_adapter(ref)
             if replaced is not None:

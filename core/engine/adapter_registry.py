@@ -17,7 +17,7 @@ from quire.core.sampling_params import check_text
 
 __all__ = ["AdapterModule", "AdapterRegistry", "parse_lora_modules"]
 
-_MAX_NAME_CHARS = 256
+_MAX_NAME_CHARS, _MAX_PATH_CHARS = 256, 4096
 
 
 class AdapterModule(NamedTuple):
@@ -25,6 +25,8 @@ class AdapterModule(NamedTuple):
 
     name: str
     path: str
+    base_model_name: str | None = None
+    """What ``/v1/models`` calls its base; None: the model's name."""
 
 
 class AdapterRegistry:
@@ -52,9 +54,10 @@ class AdapterRegistry:
         """What a name stands for; None: no adapter."""
         return self._adapters.get(name)
 
-    def find_requested(self, request: LoRARequest | None) -> AdapterRef | None:
-        """The adapter of a request; None if it has to be loaded first (or the request names none). Raises
-        ``InvalidRequestError`` if the name stands for another folder."""
+    def find_loaded(self, request: LoRARequest | None) -> AdapterRef | None:
+        """The adapter of a request that gives no path, or the name on the hub that its adapter was loaded from: there
+        may be a newer one, which is what ``load_inplace`` is for. None for others, of which ``find_requested`` knows
+        more. Never asks the hub. Raises ``InvalidRequestError``."""
         if request is None:
             return None
         if not isinstance(request, LoRARequest):
@@ -69,17 +72,34 @@ class AdapterRegistry:
                     "lora_request",
                 )
             return ref
-        if request.load_inplace:
-            return None
-        if str(self._resolve_path(request.lora_path)) != ref.path:
+        is_same = ref.given_path == request.lora_path and not request.load_inplace
+        return ref if is_same and not Path(ref.given_path).expanduser().is_dir() else None
+
+    def find_requested(self, request: LoRARequest | None) -> AdapterRef | None:
+        """The adapter of a request; None if it has to be loaded first (or the request names none). Raises
+        ``InvalidRequestError`` if the name stands for another folder."""
+        ref = self.find_loaded(request)
+        if ref is not None or request is None or request.load_inplace:
+            return ref
+        ref = self._adapters.get(request.lora_name)
+        if ref is not None and str(self._resolve_path(request.lora_path)) != ref.path:
             raise InvalidRequestError(_describe_taken(ref), "lora_request")
         return ref
 
-    def read_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
+    def read_adapter(
+        self, name: str, path: str, *, load_inplace: bool = False, base_model_name: str | None = None
+    ) -> AdapterRef:
         """A reference to the adapter at ``path``: a folder, or a name on the hub, which is then downloaded. The files
         are read once, for their hash. Raises ``InvalidRequestError`` and ``CheckpointError``, one line each."""
         self._require_on(name)
         check_text("lora_name", name, _MAX_NAME_CHARS)
+        check_text("lora_path", path, _MAX_PATH_CHARS)
+        if base_model_name is not None:
+            check_text("base_model_name", base_model_name, _MAX_NAME_CHARS)
+        if not name.isprintable():
+            raise InvalidRequestError(
+                f"an adapter's name may have printable characters alone, got {name!r}", "lora_name"
+            )
         if not name or name in self._model_names:
             raise InvalidRequestError(
                 f"an adapter cannot be called {name!r}, as the model is; choose another name", "lora_name"
@@ -88,7 +108,8 @@ class AdapterRegistry:
         if taken is not None and not load_inplace:
             raise InvalidRequestError(_describe_taken(taken), "lora_name")
         folder = self._resolve_path(path)
-        return AdapterRef(next(self._numbers), name, str(folder), compute_content_hash(folder))
+        content_hash = compute_content_hash(folder)
+        return AdapterRef(next(self._numbers), name, str(folder), content_hash, path, base_model_name)
 
     def add_adapter(self, ref: AdapterRef) -> AdapterRef | None:
         """From now on the name stands for this adapter. What it stood for before, for the engine core to drop."""
@@ -112,8 +133,8 @@ class AdapterRegistry:
 
 
 def parse_lora_modules(modules: Sequence[Any] | Mapping[str, str]) -> tuple[AdapterModule, ...]:
-    """``NAME=PATH``, or vLLM's ``{"name": NAME, "path": PATH}`` as JSON or as a mapping; or one mapping of names to
-    paths. Raises ``ConfigError``."""
+    """``NAME=PATH``, or vLLM's ``{"name": NAME, "path": PATH}`` as JSON or as a mapping, in which ``base_model_name``
+    is optional; or one mapping of names to paths. Raises ``ConfigError``."""
     if isinstance(modules, Mapping):
         return tuple(AdapterModule(name, str(path)) for name, path in modules.items())
     parsed = tuple(_parse_module(module) for module in modules)
@@ -138,7 +159,12 @@ def _parse_module(module: Any) -> AdapterModule:
             raise ConfigError(f"lora_modules: {module!r:.100} is not valid JSON: {error}") from None
     if not isinstance(fields, Mapping) or not all(isinstance(fields.get(key), str) for key in ("name", "path")):
         raise ConfigError(f'lora_modules: {module!r:.100} is not {{"name": NAME, "path": PATH}}')
-    return AdapterModule(fields["name"], fields["path"])
+    base_model_name = fields.get("base_model_name")
+    if unknown := sorted(map(str, fields.keys() - {"name", "path", "base_model_name"})):
+        raise ConfigError(f"lora_modules: {module!r:.100} has {unknown[0]!r}; known are name, path and base_model_name")
+    if not isinstance(base_model_name, str | None):
+        raise ConfigError(f"lora_modules: the base_model_name of {module!r:.100} is not a string")
+    return AdapterModule(fields["name"], fields["path"], base_model_name)
 
 
 def _describe_taken(ref: AdapterRef) -> str:

@@ -138,7 +138,7 @@ class AsyncLLM:
         self._stats.record(self._client.capacity.stats)
         self._output_handler = asyncio.create_task(self._serve_engines(), name="quire-outputs")
         for module in self.config.extra["lora_modules"]:
-            await self.adapters.load_adapter(module.name, module.path)
+            await self.adapters.load_adapter(module.name, module.path, base_model_name=module.base_model_name)
 
     async def generate(
         self,

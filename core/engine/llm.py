@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from quire.core.engine.llm_engine import LLMEngine
 from quire.core.engine.prompts import AnyPrompt, parse_prompt, split_prompts
 from quire.core.engine.tool_use import read_tool_use
 from quire.core.engine.vllm_names import check_call_arguments
-from quire.core.errors import InvalidRequestError, RequestFailedError
+from quire.core.errors import InvalidRequestError, QuireError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
@@ -56,7 +57,7 @@ class LLM:
         """The LoRA adapters that are loaded, by name."""
         try:
             for module in self.config.extra["lora_modules"]:
-                self.load_adapter(module.name, module.path)
+                self.load_adapter(module.name, module.path, base_model_name=module.base_model_name)
         except BaseException:
             self.shutdown()
             raise
@@ -111,7 +112,11 @@ class LLM:
         wanted = list(lora_request) if isinstance(lora_request, Sequence) else [lora_request] * len(batch)
         if len(wanted) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(wanted)} lora_request; give one, or one each")
-        adapters = [self._find_adapter(request) for request in wanted]
+        found: dict[int, AdapterRef | None] = {}  # by the request's place in memory: each is loaded once
+        for request in wanted:
+            if id(request) not in found:
+                found[id(request)] = self._find_adapter(request)
+        adapters = [found[id(request)] for request in wanted]
         request_ids = [self._make_request_id() for _ in batch]
         requests = [
             self.input_processor.process_inputs(
@@ -183,13 +188,20 @@ class LLM:
                 )
         return outputs
 
-    def load_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
+    def load_adapter(
+        self, name: str, path: str, *, load_inplace: bool = False, base_model_name: str | None = None
+    ) -> AdapterRef:
         """Load a LoRA adapter from a folder that PEFT wrote, or from the hub: ``lora_request=LoRARequest(name)`` uses
         it. ``load_inplace`` replaces the one that has the name; requests that have begun keep that. Raises
         ``InvalidRequestError`` and ``CheckpointError``."""
-        ref = self.adapters.read_adapter(name, path, load_inplace=load_inplace)
-        while not self.call_control("add_adapter", {"adapter": ref}):
-            time.sleep(_ADAPTER_POLL_S)
+        ref = self.adapters.read_adapter(name, path, load_inplace=load_inplace, base_model_name=base_model_name)
+        try:
+            while not self.call_control("add_adapter", {"adapter": ref}):
+                time.sleep(_ADAPTER_POLL_S)
+        except BaseException:
+            with contextlib.suppress(QuireError):
+                self.call_control("remove_adapter", {"adapter_id": ref.adapter_id})
+            raise
         replaced = self.adapters.add_adapter(ref)
         if replaced is not None:
             self.call_control("remove_adapter", {"adapter_id": replaced.adapter_id})
@@ -234,7 +246,8 @@ class LLM:
         ref = self.adapters.find_requested(request)
         if ref is not None or request is None:
             return ref
-        return self.load_adapter(request.lora_name, request.lora_path, load_inplace=request.load_inplace)
+        inplace, parent = request.load_inplace, request.base_model_name
+        return self.load_adapter(request.lora_name, request.lora_path, load_inplace=inplace, base_model_name=parent)
 
     def _make_request_id(self) -> str:
         return next(name for name in map(str, self._request_counter) if name not in self.output_processor)

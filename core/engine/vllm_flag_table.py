@@ -103,6 +103,7 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
     *_accept("tokenizing needs no pool", "--tokenizer-pool-size=", "--tokenizer-pool-type=",
              "--tokenizer-pool-extra-config="),
     *_accept("adapters are split over GPUs as their layers are", "--fully-sharded-loras"),
+    *_accept("steps are captured for several numbers of adapters", "--specialize-active-lora"),
     *_accept("an adapter that adds tokens is refused", "--lora-extra-vocab-size="),
     *_accept("there is text alone", "--skip-mm-profiling", "--language-model-only", "--disable-chunked-mm-input",
              "--disable-mm-preprocessor-cache"),
@@ -138,7 +139,7 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
 _ABSENT = {
     "--allowed-local-media-path --allowed-media-domains --mm-processor-kwargs --media-io-kwargs --mm-encoder-tp-mode "
     "--mm-processor-cache-type --mm-shm-cache-max-object-size-mb --interleave-mm-strings --video-pruning-rate "
-    "--enable-mm-embeds --default-mm-loras": MULTIMODAL,
+    "--enable-mm-embeds --default-mm-loras --enable-tower-connector-lora": MULTIMODAL,
     "--hf-overrides --rope-scaling --rope-theta --rope-parameters --hf-config-path": _HF_CONFIG,
     "--cuda-graph-sizes --cudagraph-capture-sizes --max-cudagraph-capture-size": _COMPILATION,
     "--enable-ssl-refresh": "not supported: restart the server for a new certificate",

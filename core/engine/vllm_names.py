@@ -22,6 +22,7 @@ __all__ = [
 
 
 _TIMEOUT = "not used: give --step-timeout"
+_LOAD_AHEAD = "not used: name adapters in --lora-modules, or load them with /v1/load_lora_adapter"
 _NO_STATS = "not needed: Quire sends nothing home"
 
 VLLM_VARIABLES: Mapping[str, tuple[str | None, str]] = MappingProxyType({
@@ -51,6 +52,8 @@ VLLM_VARIABLES: Mapping[str, tuple[str | None, str]] = MappingProxyType({
     "VLLM_LOG_STATS_INTERVAL": (None, "not used: throughput is logged every 10 s"),
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": (None, "not used: idle connections are kept for 75 s"),
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": (None, "not used: give --admin-api-key and --lora-root"),
+    "VLLM_LORA_RESOLVER_CACHE_DIR": (None, _LOAD_AHEAD),
+    "VLLM_LORA_RESOLVER_HF_REPO_LIST": (None, _LOAD_AHEAD),
     "VLLM_SERVER_DEV_MODE": (None, "not used: there are no such routes"),
     "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": (None, "not used: answers are never logged"),
 })  # fmt: skip

@@ -130,6 +130,7 @@ def test_what_cannot_be_used_is_refused_in_one_line_and_nobody_else_is_hurt(llm:
         (LoRARequest("quire-tiny", 4, str(wide)), "as the model is"),
         (LoRARequest("upper", 5, str(wide)), "stands for the adapter of"),
         (LoRARequest("unknown"), "no adapter is called 'unknown'"),
+        (LoRARequest("two\nlines", 6, str(wide)), "may have printable characters alone"),
     ):
         with pytest.raises((InvalidRequestError, CheckpointError), match=says) as refused:
             chat(llm, FACT, request)
@@ -156,11 +157,48 @@ def test_files_that_change_after_their_adapter_was_dropped_fail_its_requests_alo
 
 def test_modules_are_given_as_vllm_takes_them() -> None:
     json_form = '{"name": "b", "path": "/b", "base_model_name": "base"}'
-    assert parse_lora_modules(["a=/a", json_form]) == (AdapterModule("a", "/a"), AdapterModule("b", "/b"))
+    assert parse_lora_modules(["a=/a", json_form]) == (AdapterModule("a", "/a"), AdapterModule("b", "/b", "base"))
     assert parse_lora_modules({"a": "x/y"}) == (AdapterModule("a", "x/y"),)
-    for bad, says in ((["a"], "not NAME=PATH"), (["{"], "not valid JSON"), (["a=1", "a=2"], "given twice"), ([3], "3")):
+    for bad, says in (
+        (["a"], "not NAME=PATH"),
+        (["{"], "not valid JSON"),
+        (["a=1", "a=2"], "given twice"),
+        ([3], "3"),
+        ([{"name": "a", "path": "/a", "base": "b"}], "has 'base'; known are name, path and base_model_"),
+    ):
         with pytest.raises(ConfigError, match=says):
             parse_lora_modules(bad)
+
+
+def test_requests_are_given_as_vllm_takes_them(tmp_path: Path) -> None:
+    given = LoRARequest("a", 7, tmp_path / "a", "acme/base", None, True)
+    assert (given.name, given.adapter_id, given.path) == ("a", 7, str(tmp_path / "a"))
+    assert (given.base_model_name, given.load_inplace) == ("acme/base", True)
+    with pytest.raises(InvalidRequestError, match="tensorizer_config_dict: give the folder that PEFT wrote"):
+        LoRARequest("a", 1, "/a", tensorizer_config_dict={"uri": "s3://"})
+    with pytest.raises(InvalidRequestError, match="models with experts are not supported"):
+        LoRARequest("a", 1, "/a", is_3d_lora_weight=True)
+
+
+def test_an_adapter_of_the_hub_is_asked_for_once(
+    llm: LLM, random_adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And stays what it was when the repository gets another: that is what ``load_inplace`` is for."""
+    downloads: list[Path] = []
+
+    def download(name: str, **options: object) -> str:
+        downloads.append(random_adapters[len(downloads)])
+        return str(downloads[-1])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    request = LoRARequest("of-the-hub", 1, "acme/adapter")
+    first = llm.chat([FACT] * 3, GREEDY, lora_request=request)
+    assert chat(llm, FACT, request) == chat(llm, FACT, "of-the-hub") == first[2].outputs[0].text
+    assert len(downloads) == 1
+    again = LoRARequest("of-the-hub", 1, "acme/adapter", load_inplace=True)
+    second = llm.chat([FACT] * 3, GREEDY, lora_request=again)
+    assert len(downloads) == 2 and second[0].outputs[0].text == second[2].outputs[0].text != first[0].outputs[0].text
+    llm.unload_adapter("of-the-hub")
 
 
 def test_settings() -> None:

@@ -24,7 +24,7 @@ def make_router(state: ServerState) -> APIRouter:
         adapter = state.engine.adapters.find_adapter(name)
         card = {"id": name, "object": "model", "created": created, "owned_by": "quire"}
         card["root"] = model.model if adapter is None else adapter.path
-        card["parent"] = None if adapter is None else state.model_names[0]
+        card["parent"] = None if adapter is None else adapter.parent or state.model_names[0]
         return {**card, "max_model_len": model.max_model_len}
 
     @routes.get("/v1/models", openapi_extra=describe_operation("list_models", ModelList))

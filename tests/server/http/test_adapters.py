@@ -37,7 +37,12 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
     running = start_server(
         tmp_path_factory.mktemp("server"),
         *("quire-tiny", "--max-model-len", "512", "--num-gpu-blocks-override", "96", "--api-key", "k"),
-        *("--enable-lora", "--lora-modules", "upper=quire-tiny-upper", '{"name": "json", "path": "quire-tiny-json"}'),
+        *(
+            "--enable-lora",
+            "--lora-modules",
+            "upper=quire-tiny-upper",
+            '{"name": "json", "path": "quire-tiny-json", "base_model_name": "acme/base"}',
+        ),
         *("--max-loras", "2", "--admin-api-key", "boss", "--lora-root", str(root)),
     )
     yield running
@@ -65,7 +70,7 @@ def test_an_adapter_is_a_model_whose_parent_is_the_base(client: openai.OpenAI) -
     cards = {card.id: card.model_dump() for card in client.models.list()}
     assert {"quire-tiny", "upper", "json"} <= cards.keys()
     assert cards["quire-tiny"]["parent"] is None
-    assert cards["upper"]["parent"] == "quire-tiny"
+    assert cards["upper"]["parent"] == "quire-tiny" and cards["json"]["parent"] == "acme/base"
     assert cards["upper"]["root"].endswith("quire-tiny-upper")
     assert client.models.retrieve("json").id == "json"
 
@@ -135,6 +140,10 @@ def test_what_cannot_be_loaded_is_refused_and_nobody_else_is_hurt(
     (root / "pickle").mkdir()
     (root / "pickle" / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4}')
     (root / "pickle" / "adapter_model.bin").write_bytes(b"pickle")
+    shutil.copytree("core/assets/quire-tiny-upper", root / "pipe")
+    (root / "pipe" / "adapter_model.safetensors").unlink()
+    os.mkfifo(root / "pipe" / "adapter_model.safetensors")
+    make_tiny_adapter("core/assets/quire-tiny", root / "slow", rank_pattern={r"(([a-z_.0-9])+)+!": 64, "(?=q)": 4})
     make_tiny_adapter("core/assets/quire-tiny", root / "wide", rank=64)
     make_tiny_adapter("core/assets/quire-tiny-draft", root / "of-another")
     for path, status, says in (
@@ -144,6 +153,8 @@ def test_what_cannot_be_loaded_is_refused_and_nobody_else_is_hurt(
         ("files", 403, "links out of it"),
         ("nowhere", 400, "'nowhere' is not a folder below --lora-root"),
         ("pickle", 400, "a pickle"),
+        ("pipe", 400, "it is not a regular file"),
+        ("slow", 400, "the pattern '(?=q)' cannot be used"),
         ("wide", 400, "rank 64 is above --max-lora-rank 16"),
         ("of-another", 400, "not an adapter of this model"),
         ("nul\0", 400, "lora_path"),
