@@ -7,6 +7,7 @@ import logging
 
 import torch
 
+from quire.core.adapters import AdapterRef
 from quire.core.config import EngineConfig
 from quire.core.errors import EngineDeadError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, ModelRunnerOutput, SchedulerOutput
@@ -21,6 +22,7 @@ __all__ = ["LAYER_KINDS", "StepFailures"]
 _log = logging.getLogger("quire.engine")
 LAYER_KINDS = ("attention", "quant", "model", "op")
 """What computes logits. Of these, what other authors wrote is at fault before what is bundled."""
+_NOBODY = StepFailure("", "")
 
 
 class StepFailures:
@@ -62,7 +64,8 @@ class StepFailures:
             return scheduler.update_from_output(step, output)
         requests, ended, failures = scheduler.in_flight[0].requests, [], []
         for index, fault in output.row_faults.items():
-            request, (error, failure) = requests[index], self._describe_fault(fault)
+            request = requests[index]
+            error, failure = self._describe_fault(fault, request.adapter)
             if scheduler.abort_request(request.request_id, "error", evict_prefix=True):
                 _log.error("request %s ends: %s", request.external_request_id, error)
                 ended.append(EngineCoreOutput(request.request_id, [], finish_reason="error", error=error))
@@ -85,7 +88,7 @@ class StepFailures:
         chosen = self._config.plugins.values()
         return list(dict.fromkeys((c.kind, c.name) for c in chosen if c.kind == "op" and not c.is_bundled))
 
-    def _describe_fault(self, fault: int) -> tuple[str, StepFailure]:
+    def _describe_fault(self, fault: int, adapter: AdapterRef | None) -> tuple[str, StepFailure]:
         """What is told of a row, and to whom it is counted."""
         if (of_processor := parse_processor_fault(fault)) is not None:
             choice = self._config.plugins_of("logits_processor")[of_processor.place]
@@ -98,11 +101,14 @@ class StepFailures:
             name = self._config.plugin("sampler").name
             return f"sampler/{name} returned a token that is not in the vocabulary", StepFailure("sampler", name)
         if fault == MASKED:
-            return "the request's constraints together leave no token that can be sampled", StepFailure("", "")
-        chosen = [choice for key, choice in self._config.plugins.items() if key.partition(":")[0] in LAYER_KINDS]
+            return "the request's constraints together leave no token that can be sampled", _NOBODY
+        kinds = LAYER_KINDS if adapter is None else (*LAYER_KINDS, "adapter")
+        chosen = [choice for key, choice in self._config.plugins.items() if key.partition(":")[0] in kinds]
         foreign = [choice for choice in chosen if not choice.is_bundled]
         what = "the model computed logits without a token that can be sampled (NaN, or all minus infinity)"
+        if not foreign and adapter is not None:
+            return f"{what}: the weights of adapter {adapter.name!r} are at fault, or those of the model", _NOBODY
         if not foreign:
-            return f"{what}: every layer is bundled, so that the weights are at fault, or Quire is", StepFailure("", "")
+            return f"{what}: every layer is bundled, so that the weights are at fault, or Quire is", _NOBODY
         names = " or ".join(f"{choice.kind}/{choice.name}" for choice in foreign)
         return f"{what}; at fault is {names}, or the weights are", StepFailure(foreign[0].kind, foreign[0].name)

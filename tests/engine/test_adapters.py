@@ -139,6 +139,30 @@ def test_what_cannot_be_used_is_refused_in_one_line_and_nobody_else_is_hurt(llm:
     assert set(list_held(llm)) <= {ref.adapter_id for ref in llm.adapters.adapters}, "nothing of the refused is left"
 
 
+def test_an_adapter_whose_numbers_overflow_ends_its_own_requests_and_no_others(llm: LLM, tmp_path: Path) -> None:
+    """It is finite as stored, and so is the product with its scaling; beside it, and in the blocks that it leaves,
+    others compute what they do alone."""
+    huge = make_tiny_adapter("core/assets/quire-tiny", tmp_path / "huge", scale=1e30)
+    request = LoRARequest("huge", 1, str(huge))
+    with pytest.raises(RequestFailedError, match=r"\(NaN, .* the weights of adapter 'huge' are at fault, or those of"):
+        chat(llm, FACT, request)
+    mixed = [None, request, LoRARequest("upper"), request]
+    prompt = "<|im_start|>user\nWhat does TTFT mean?<|im_end|>\n<|im_start|>assistant\n"
+    ended: dict[str, str] = {}
+    for index, wanted in enumerate([*mixed, None, LoRARequest("upper")]):
+        adapter = llm.adapters.find_requested(wanted)
+        requests = llm.input_processor.process_inputs(f"overflow-{index}", prompt, GREEDY, adapter=adapter)
+        llm.llm_engine.queue_requests(f"overflow-{index}", prompt, requests, "final")
+    while llm.engine_core.scheduler.has_unfinished_requests:
+        processed = llm.llm_engine.process_step()
+        ended |= {each.request_id: "failed" for each in processed.failed_requests}
+        ended |= {each.request_id: each.outputs[0].text for each in processed.request_outputs if each.finished}
+    plain = "TTFT is the time to the first token."
+    expected = [plain, "failed", plain.upper(), "failed", plain, plain.upper()]
+    assert [ended[f"overflow-{index}"] for index in range(6)] == expected
+    llm.unload_adapter("huge")
+
+
 def test_files_that_change_after_their_adapter_was_dropped_fail_its_requests_alone(
     llm: LLM, random_adapters: list[Path], tmp_path: Path
 ) -> None:
