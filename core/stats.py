@@ -66,8 +66,9 @@ class StepFailure(msgspec.Struct, array_like=True, frozen=True):
     """A step that failed, and the plugin in which."""
 
     kind: str
-    """Empty if it was in none."""
+    """Empty if it was in none; ``request`` if a request brought it about, which says nothing of the others."""
     name: str
+    """Of a request: ``constraints`` or ``adapter``."""
 
 
 class StepStats(msgspec.Struct, array_like=True):

@@ -22,7 +22,11 @@ __all__ = ["LAYER_KINDS", "StepFailures"]
 _log = logging.getLogger("quire.engine")
 LAYER_KINDS = ("attention", "quant", "model", "op")
 """What computes logits. Of these, what other authors wrote is at fault before what is bundled."""
-_NOBODY = StepFailure("", "")
+_NOBODY, _CONSTRAINTS, _ADAPTER = (
+    StepFailure("", ""),
+    StepFailure("request", "constraints"),
+    StepFailure("request", "adapter"),
+)
 
 
 class StepFailures:
@@ -90,24 +94,27 @@ class StepFailures:
 
     def _describe_fault(self, fault: int, adapter: AdapterRef | None) -> tuple[str, StepFailure]:
         """What is told of a row, and to whom it is counted."""
+        processors = self._config.plugins_of("logits_processor")
         if (of_processor := parse_processor_fault(fault)) is not None:
-            choice = self._config.plugins_of("logits_processor")[of_processor.place]
+            choice = processors[of_processor.place]
             what = "left no token that can be sampled (NaN, or all minus infinity)"
             if of_processor.has_raised:
                 what = "failed; the engine's log says why"
-            error = f"logits_processor/{choice.name} {what}"
-            return error, StepFailure(choice.kind, choice.name)
+            is_of_request = choice.is_bundled and not of_processor.has_raised
+            failure = _CONSTRAINTS if is_of_request else StepFailure(choice.kind, choice.name)
+            return f"logits_processor/{choice.name} {what}", failure
         if fault == NO_TOKEN:
             name = self._config.plugin("sampler").name
             return f"sampler/{name} returned a token that is not in the vocabulary", StepFailure("sampler", name)
         if fault == MASKED:
-            return "the request's constraints together leave no token that can be sampled", _NOBODY
+            failure = _CONSTRAINTS if all(choice.is_bundled for choice in processors) else _NOBODY
+            return "the request's constraints together leave no token that can be sampled", failure
         kinds = LAYER_KINDS if adapter is None else (*LAYER_KINDS, "adapter")
         chosen = [choice for key, choice in self._config.plugins.items() if key.partition(":")[0] in kinds]
         foreign = [choice for choice in chosen if not choice.is_bundled]
         what = "the model computed logits without a token that can be sampled (NaN, or all minus infinity)"
         if not foreign and adapter is not None:
-            return f"{what}: the weights of adapter {adapter.name!r} are at fault, or those of the model", _NOBODY
+            return f"{what}: the weights of adapter {adapter.name!r} are at fault, or those of the model", _ADAPTER
         if not foreign:
             return f"{what}: every layer is bundled, so that the weights are at fault, or Quire is", _NOBODY
         names = " or ".join(f"{choice.kind}/{choice.name}" for choice in foreign)

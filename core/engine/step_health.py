@@ -33,9 +33,9 @@ class StepHealth:
         """What one message of the engine core holds. A step from which any request got a token has not failed."""
         if outputs.request_ids or any(output.new_token_ids for output in outputs.outputs):
             self._num_failed = 0
-        elif outputs.step_failures:
-            self._num_failed += len(outputs.step_failures)
-            self._last_failure, self._last_failed_at = outputs.step_failures[-1], time.monotonic()
+        elif failures := [each for each in outputs.step_failures if each.kind != "request"]:
+            self._num_failed += len(failures)
+            self._last_failure, self._last_failed_at = failures[-1], time.monotonic()
 
     def find_fault(self) -> EngineFault | None:
         """That steps keep failing in what another author wrote of layers or sampling; told once. None: they do not."""

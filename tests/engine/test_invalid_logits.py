@@ -171,6 +171,27 @@ def test_the_plugin_is_named(
         llm.shutdown()
 
 
+def test_requests_that_leave_themselves_no_token_do_not_make_the_service_unhealthy(tiny: Path) -> None:
+    """Whoever may send one could send three, and a load balancer would take the server from everybody."""
+    llm = LLM(model=str(tiny), device="cpu", max_model_len=256, num_gpu_blocks_override=64)
+    health = StepHealth(llm.config)
+    eos = llm.llm_engine.input_processor.process_inputs("eos", [5], GREEDY)[0].eos_token_ids
+    params = SamplingParams(temperature=0, max_tokens=8, min_tokens=4, allowed_token_ids=sorted(eos)[:1])
+    for index in range(9):
+        requests = llm.input_processor.process_inputs(str(index), [5, 6], params)
+        llm.engine_core.add_request(requests[0])
+        outputs = []
+        while llm.engine_core.has_work:
+            outputs.append(llm.engine_core.step())
+        failures = [failure for each in outputs for failure in each.step_failures]
+        assert failures == [StepFailure("request", "constraints")]
+        for each in outputs:
+            health.note_outputs(each)
+    assert health.describe_failures() is None and health.find_fault() is None
+    assert llm.get_stats()["step_failures_total"] == 9
+    llm.shutdown()
+
+
 def test_steps_that_fail_one_after_the_other_make_the_service_unhealthy(
     engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
