@@ -17,7 +17,21 @@ from numpy.typing import NDArray
 
 from quire.core.structured_outputs import StructuredOutputsParams
 
-__all__ = ["CompiledGrammar", "GrammarState", "MaskRequest", "StructuredOutputBackend", "TokenizerInfo"]
+__all__ = [
+    "JSON_SCHEMA_FORMATS",
+    "CompiledGrammar",
+    "GrammarState",
+    "MaskRequest",
+    "StructuredOutputBackend",
+    "TokenizerInfo",
+]
+
+JSON_SCHEMA_FORMATS: tuple[str, ...] = (
+    *("date", "date-time", "duration", "email", "hostname", "idn-email", "idn-hostname", "ipv4", "ipv6", "iri"),
+    *("iri-reference", "json-pointer", "regex", "relative-json-pointer", "time", "uri", "uri-reference"),
+    *("uri-template", "uuid"),
+)
+"""Values of ``format`` that JSON Schema defines (draft 2020-12). Others, such as ``int32``, assert nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from quire.core.contracts.structured_output import JSON_SCHEMA_FORMATS
 from quire.core.errors import UnsupportedError
 
 __all__ = ["Parameter", "find_parameter", "list_parameters", "list_types"]
@@ -19,14 +20,6 @@ _ANNOTATIONS = frozenset(
     )
 )
 _OF_TEXTS = frozenset(("const", "enum", "minLength", "maxLength", "pattern"))
-_FORMATS = frozenset(
-    (
-        *("date", "date-time", "duration", "email", "hostname", "idn-email", "idn-hostname", "ipv4", "ipv6", "iri"),
-        *("iri-reference", "json-pointer", "regex", "relative-json-pointer", "time", "uri", "uri-reference"),
-        *("uri-template", "uuid"),
-    )
-)
-"""Those of JSON Schema (draft 2020-12). Others, such as ``binary`` and ``path``, assert nothing."""
 _OF_OBJECTS = frozenset(("type", "properties", "required", "additionalProperties"))
 _DEFINITIONS = ("$defs", "definitions")
 _MAX_REFERENCES = _MAX_DEPTH = 16
@@ -52,7 +45,7 @@ class Parameter:
         """What a case that is a string asks of it. Raises UnsupportedError, which names the keyword, if it cannot be
         said of a text by itself."""
         for keyword, value in case.items():
-            if keyword == "format" and isinstance(value, str) and value not in _FORMATS:
+            if keyword == "format" and isinstance(value, str) and value not in JSON_SCHEMA_FORMATS:
                 continue
             if keyword not in _OF_TEXTS and keyword not in _ANNOTATIONS and keyword != "type":
                 place = f"{keyword!r:.40} at /properties/{self.name[:60]}"

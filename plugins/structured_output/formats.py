@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from quire.sdk import JSON_SCHEMA_FORMATS
+
 __all__ = ["add_to_all_of", "write_format"]
 
 _YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
@@ -44,11 +46,6 @@ _FORMATS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "hostname": {"pattern": rf"^{_LABEL}(\.{_LABEL})*$", "maxLength": 253},
     "ipv6": {"pattern": f"^({_IPV6})$"},
 })  # fmt: skip
-_STANDARD = {
-    *_FORMATS, "duration", "email", "ipv4", "uri", "uuid", "idn-email", "idn-hostname", "iri", "iri-reference",
-    "json-pointer", "regex", "relative-json-pointer", "uri-reference", "uri-template",
-}  # fmt: skip
-"""Formats that draft 2020-12 defines. Others, such as ``int32`` and ``path``, assert nothing."""
 
 
 def write_format(schema: dict[str, Any]) -> None:
@@ -57,7 +54,7 @@ def write_format(schema: dict[str, Any]) -> None:
     name = schema.get("format")
     if not isinstance(name, str):
         return
-    if name in _FORMATS or name not in _STANDARD:
+    if name in _FORMATS or name not in JSON_SCHEMA_FORMATS:
         del schema["format"]
     if name in _FORMATS:
         add_to_all_of(schema, dict(_FORMATS[name]))

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENGINE_STATS",
+    "JSON_SCHEMA_FORMATS",
     "MIN_PREFILL_TOKENS",
     "NO_DEADLINE",
     "OPERATIONS",
@@ -200,7 +201,8 @@ NAMES_OF_MODULE = {
         "TargetState",
     ),
     "quire.core.contracts.structured_output": (
-        "CompiledGrammar", "GrammarState", "MaskRequest", "StructuredOutputBackend", "TokenizerInfo",
+        "JSON_SCHEMA_FORMATS", "CompiledGrammar", "GrammarState", "MaskRequest", "StructuredOutputBackend",
+        "TokenizerInfo",
     ),
     "quire.core.contracts.executor": ("Executor", "KVCapacity", "StepFuture"),
     "quire.core.contracts.metrics": ("MetricsExporter",),
