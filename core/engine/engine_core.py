@@ -25,7 +25,7 @@ from quire.core.engine.step_failures import StepFailures
 from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, ErrorKind, SchedulerOutput
 from quire.core.plugin.options import parse_options
-from quire.core.plugin.target import construct_plugin, load_target
+from quire.core.plugin.target import construct_chosen, construct_plugin, load_target
 from quire.core.sched.kv_guard import GuardedAllocator
 from quire.core.sched.kv_ownership import WatchedAllocator
 from quire.core.sched.scheduler import Scheduler
@@ -382,8 +382,7 @@ class EngineCore:
         cls = load_target(choice.target, "quire.core.contracts.spec_decode:SpeculativeProposer")
         if not issubclass(cls, HostProposer):
             return None  # it drafts on the device: the worker builds it
-        options = parse_options(cls, choice.options)
-        return construct_plugin(f"spec_decode/{choice.name}", cls, spec.num_speculative_tokens, options)
+        return construct_chosen(choice, cls, spec.num_speculative_tokens)
 
     def _build_allocator(self, key: str) -> KVAllocator:
         config, choice = self.config, self.config.plugin(key)

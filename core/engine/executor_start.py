@@ -11,8 +11,7 @@ from quire.core.contracts.executor import Executor
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError
 from quire.core.messages import SchedulerOutput
-from quire.core.plugin.options import parse_options
-from quire.core.plugin.target import construct_plugin, load_target
+from quire.core.plugin.target import construct_chosen, load_target
 from quire.core.worker.multiproc.executor import MultiprocExecutor
 from quire.core.worker.multiproc.rank_launch import MAX_EARLY_RANKS
 from quire.core.worker.multiproc.rank_processes import RankProcesses
@@ -36,8 +35,7 @@ def make_executor(config: EngineConfig, processes: RankProcesses | None = None) 
     executor that has no use for them ends them."""
     choice = config.plugin("executor")
     executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
-    options = parse_options(executor_class, choice.options)
-    executor: Executor = construct_plugin(f"executor/{choice.name}", executor_class, config, options)
+    executor: Executor = construct_chosen(choice, executor_class, config)
     if processes is not None:
         if isinstance(executor, MultiprocExecutor) and processes.size == config.parallel.num_workers:
             executor.use_processes(processes)

@@ -13,8 +13,7 @@ from quire.core.config import EngineConfig
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.exporter_thread import ExporterThread
 from quire.core.messages import EngineCoreOutputs
-from quire.core.plugin.options import parse_options
-from quire.core.plugin.target import construct_plugin, load_target
+from quire.core.plugin.target import construct_chosen, load_target
 from quire.core.stats import QuarantinedPlugin, RequestStats
 
 __all__ = ["ExporterGroup", "RenderedMetrics"]
@@ -49,8 +48,7 @@ class ExporterGroup:
         exporters = []
         for choice in config.plugins_of("metrics"):
             exporter = load_target(choice.target, MetricsExporter)
-            options = parse_options(exporter, choice.options)
-            exporters.append((choice.name, construct_plugin(f"metrics/{choice.name}", exporter, labels, options)))
+            exporters.append((choice.name, construct_chosen(choice, exporter, labels)))
         return cls(exporters)
 
     @property

@@ -9,17 +9,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from quire.core.config import PluginChoice
 from quire.core.errors import PluginError, QuireError
 from quire.core.plugin.discovery import format_error
 from quire.core.plugin.import_guard import guard_import
+from quire.core.plugin.options import parse_options
 from quire.core.plugin.quarantine import NEVER_CONTAINED
 from quire.core.plugin.registry import KINDS, PROJECT, Registration, Requirement, suggest_names
 from quire.core.plugin.signatures import find_signature_mismatch
 
 __all__ = [
     "Resolution",
+    "construct_chosen",
     "construct_plugin",
     "find_missing_requirement",
     "load_target",
@@ -53,6 +56,13 @@ class Resolution:
         """One line for the log: the choice, why, and why not the others."""
         others = "; ".join(f"not {name}: {reason}" for name, reason in self.rejected)
         return f"{KINDS[self.kind].title}: {self.name} ({self.why}{'; ' + others if others else ''})"
+
+
+def construct_chosen(choice: PluginChoice, plugin_class: Callable[..., _T], *args: Any) -> _T:
+    """An object of the class of a choice, made of ``args`` and, behind them, the choice's options as the class's own
+    ``Options``. Raises ``PluginError`` as ``construct_plugin`` does, ``PluginOptionError`` where it refuses them."""
+    options = parse_options(cast(type, plugin_class), choice.options)
+    return construct_plugin(f"{choice.kind}/{choice.name}", plugin_class, *args, options)
 
 
 def construct_plugin(place: str, construct: Callable[..., _T], *args: Any, **options: Any) -> _T:

@@ -149,17 +149,14 @@ class GuardedAllocator(KVAllocator):
         self.allocator.check_integrity()
 
     def _call(self, method: str, request: Request | None, call: Callable[[], _T]) -> _T | None:
-        if not self._quarantine.is_active:
-            return None
+        """None, if the allocator has failed."""
         try:
-            return call()
-        except NEVER_CONTAINED:
-            raise
-        except BaseException as error:
-            self._note_fault(method, error, request)
+            return self._require(method, request, call)
+        except AllocatorError:
             return None
 
-    def _require(self, method: str, request: Request, call: Callable[[], _T]) -> _T:
+    def _require(self, method: str, request: Request | None, call: Callable[[], _T]) -> _T:
+        """Raises ``AllocatorError``."""
         if not self._quarantine.is_active:
             raise AllocatorError(self)
         try:

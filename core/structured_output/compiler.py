@@ -18,9 +18,8 @@ import msgspec
 from quire.core.config import EngineConfig
 from quire.core.contracts.structured_output import CompiledGrammar, StructuredOutputBackend, TokenizerInfo
 from quire.core.errors import InvalidRequestError
-from quire.core.plugin.options import parse_options
 from quire.core.plugin.quarantine import class_path, read_error_text
-from quire.core.plugin.target import construct_plugin, load_target
+from quire.core.plugin.target import construct_chosen, load_target
 from quire.core.structured_outputs import StructuredOutputsParams
 
 __all__ = ["CompilationStats", "EngineWait", "GrammarCompiler", "make_backend", "make_cache_key", "read_tokenizer_info"]
@@ -240,8 +239,7 @@ def make_backend(config: EngineConfig) -> StructuredOutputBackend:
     tokenizer = (
         TokenizerInfo("{}", config.model.vocab_size, ()) if choice.name == "none" else read_tokenizer_info(config)
     )
-    options, place = parse_options(backend_class, choice.options), f"structured_output/{choice.name}"
-    backend: StructuredOutputBackend = construct_plugin(place, backend_class, tokenizer, options)
+    backend: StructuredOutputBackend = construct_chosen(choice, backend_class, tokenizer)
     return backend
 
 

@@ -27,8 +27,7 @@ from quire.core.layers.stage import PipelineStage
 from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.ops.operation_table import OperationTable, check_operation_name
-from quire.core.plugin.options import parse_options
-from quire.core.plugin.target import construct_plugin, load_target
+from quire.core.plugin.target import construct_chosen, load_target
 from quire.core.sample.checked_sampler import CheckedSampler
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.sample.vocab_parallel import VocabParallelSampler
@@ -100,7 +99,7 @@ class ComponentLoader:
             dtype=getattr(torch, self._config.model.dtype if config.dtype == "auto" else config.dtype),
             device=self._device,
         )
-        method: AdapterMethod = _construct(choice, method_class, limits)
+        method: AdapterMethod = construct_chosen(choice, method_class, limits)
         return ModelAdapters(method, config.target_modules)
 
     def load_proposer(self, target: Model) -> DeviceProposer | None:
@@ -113,7 +112,7 @@ class ComponentLoader:
         proposer_class = _load_plugin_class(choice, SpeculativeProposer)
         if not issubclass(proposer_class, DeviceProposer):
             return None
-        proposer: DeviceProposer = _construct(choice, proposer_class, spec.num_speculative_tokens)
+        proposer: DeviceProposer = construct_chosen(choice, proposer_class, spec.num_speculative_tokens)
         proposer.load_weights(self._make_draft_source(target, spec.draft_model_path))
         return proposer
 
@@ -141,7 +140,7 @@ class ComponentLoader:
             device=self._device,
             max_decode_query_len=1 + num_drafts,
         )
-        backends = [_construct(choice, backend_class, spec, self._device) for spec in groups.specs]
+        backends = [construct_chosen(choice, backend_class, spec, self._device) for spec in groups.specs]
         for backend in backends:
             backend.allocate_workspaces(limits)
         return AttentionGroups(backends, groups.group_of)
@@ -159,7 +158,7 @@ class ComponentLoader:
         """The sampler, for a proposer: it always gives tokens of the vocabulary."""
         choice = self._config.plugin("sampler")
         sampler_class = _load_plugin_class(choice, Sampler)
-        sampler: Sampler = _construct(choice, sampler_class, self._config.model.vocab_size, self._device)
+        sampler: Sampler = construct_chosen(choice, sampler_class, self._config.model.vocab_size, self._device)
         return sampler
 
     def make_vocab_sampler(self, model: Model, max_rows: int) -> VocabParallelSampler | None:
@@ -183,7 +182,7 @@ class ComponentLoader:
         processors = []
         for choice in self._config.plugins_of("logits_processor"):
             processor_class = _load_plugin_class(choice, LogitsProcessor)
-            processor = _construct(choice, processor_class, self._config.model.vocab_size, self._device)
+            processor = construct_chosen(choice, processor_class, self._config.model.vocab_size, self._device)
             processors.append((choice.name, processor))
         return processors
 
@@ -239,7 +238,7 @@ class ComponentLoader:
                     f"choose another, or leave the flag out"
                 )
             if choice.target not in made:
-                made[choice.target] = _construct(choice, plugin_class, self._device)
+                made[choice.target] = construct_chosen(choice, plugin_class, self._device)
             if operation != "all":
                 check_operation_name(operation, plugin_class, choice.name)
             names = plugin_class.list_operations() if operation == "all" else [operation]
@@ -319,16 +318,10 @@ class ComponentLoader:
         choice = self._config.plugin(key)
         loader_class = _load_plugin_class(choice, QuantizationLoader)
         quant_config = getattr(hf_config, "quantization_config", None) or {}
-        loader: QuantizationLoader = _construct(choice, loader_class, quant_config)
+        loader: QuantizationLoader = construct_chosen(choice, loader_class, quant_config)
         return loader
 
 
 def _load_plugin_class(choice: PluginChoice, contract: type) -> Any:
     """The chosen class, checked to be one of ``contract``."""
     return load_target(choice.target, f"{contract.__module__}:{contract.__name__}")
-
-
-def _construct(choice: PluginChoice, plugin_class: Any, *args: Any) -> Any:
-    """An object of the chosen class, whose last argument are the choice's options as the class's own ``Options``."""
-    options = parse_options(plugin_class, choice.options)
-    return construct_plugin(f"{choice.kind}/{choice.name}", plugin_class, *args, options)
