@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quire.core.config import ModelConfig
+from quire.core.config import EngineConfig, ModelConfig
+from quire.core.contracts.executor import Executor
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
@@ -21,8 +22,10 @@ from quire.core.engine.prompts import AnyPrompt, Prompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.watchdog import StepWatchdog
-from quire.core.errors import ConfigError, InvalidRequestError
+from quire.core.errors import ConfigError, InvalidRequestError, PluginError
 from quire.core.messages import EngineCoreRequest, RequestOutput
+from quire.core.plugin.frames import PluginFrames, describe_error
+from quire.core.plugin.quarantine import NEVER_CONTAINED
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
 from quire.core.stats import TRACED_STEPS, StepStats
@@ -48,7 +51,7 @@ class LLMEngine:
             else:  # the engine is in this process, and can use the object itself
                 self.config = build_config(_name_policy_object(args, policy)).config
             self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
-            self.engine_core = EngineCore(self.config, policy, make_executor(self.config, ranks))
+            self.engine_core = _start_core(self.config, policy, make_executor(self.config, ranks))
         except BaseException:
             if ranks is not None:
                 ranks.kill()
@@ -155,6 +158,16 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Free the model. Idempotent."""
         self.engine_core.shutdown()
+
+
+def _start_core(config: EngineConfig, policy: BatchingPolicy | None, executor: Executor) -> EngineCore:
+    """A plugin that exits, or is cancelled, while the engine starts does not end the process of its user."""
+    try:
+        return EngineCore(config, policy, executor)
+    except (Exception, *NEVER_CONTAINED):
+        raise
+    except BaseException as error:
+        raise PluginError(f"the engine cannot start: {describe_error(error, PluginFrames(config))}") from error
 
 
 def _name_policy_object(args: EngineArgs, policy: BatchingPolicy) -> EngineArgs:

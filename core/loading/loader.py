@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from quire.core.contracts.model import Model
 from quire.core.contracts.quant import QuantizationLoader
-from quire.core.errors import CheckpointError, ConfigError
+from quire.core.errors import CheckpointError, ConfigError, PluginError
 from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.checkpoint import find_optional_tensors, find_tensor_aliases
@@ -27,6 +27,7 @@ from quire.core.layers.parallel import TensorParallel
 from quire.core.layers.stage import PipelineStage
 from quire.core.loading.hf_config import get_context_length
 from quire.core.ops.operation_table import OperationTable
+from quire.core.plugin.target import construct_plugin
 
 __all__ = ["find_weight_files", "load_model"]
 
@@ -53,6 +54,7 @@ def load_model(
     operations: OperationTable = OperationTable(),
     adapters: ModelAdapters | None = None,
     stage: PipelineStage = PipelineStage(),
+    plugin_name: str | None = None,
 ) -> Model:
     """Build ``model_class`` for this rank and fill it from ``path``.
 
@@ -60,7 +62,8 @@ def load_model(
     read. ``max_positions`` bounds the rotary tables; None: the whole context of ``hf_config``. ``progress`` draws a bar
     on stderr where that is a terminal; ``operations`` run norms and the like; ``adapters`` gets the layers that can
     have adapters; of a ``stage`` no tensor is read that another stage has. Raises ``CheckpointError``, one line naming
-    the file or tensor.
+    the file or tensor. What the constructor of another author's model raises becomes a ``PluginError`` that names the
+    model, ``plugin_name``.
     """
     if load_format not in ("auto", "safetensors", "dummy"):
         raise ConfigError(f"load_format {load_format!r} is unknown; choose auto, safetensors or dummy")
@@ -79,7 +82,7 @@ def load_model(
         dtype, device, kv_dtype, block_size, quant, parallel, max_positions, operations, adapters, stage=stage
     )
     with torch.inference_mode(False), torch.no_grad():
-        model = model_class(hf_config, builder)
+        model = _construct_model(model_class, hf_config, builder, plugin_name)
         if load_format == "dummy":
             _fill_random_weights(model, builder, seed)
         else:
@@ -87,6 +90,17 @@ def load_model(
         for _ in model.process_weights_after_loading():
             pass
     return model.eval()
+
+
+def _construct_model(model_class: type[Model], hf_config: Any, builder: LayerBuilder, plugin_name: str | None) -> Model:
+    if plugin_name is None:
+        return model_class(hf_config, builder)
+    try:
+        return construct_plugin(plugin_name, model_class, hf_config, builder)
+    except PluginError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):  # no fault of the model's code
+            raise error.__cause__ from None
+        raise
 
 
 def find_weight_files(path: Path) -> list[Path]:

@@ -257,8 +257,9 @@ class ComponentLoader:
         model, cache = self._config.model, self._config.cache
         hf_config = read_hf_config(Path(path))
         dtype = getattr(torch, model.dtype)
+        choice = self._config.plugin(model_key)
         return load_model(
-            _load_plugin_class(self._config.plugin(model_key), Model),
+            _load_plugin_class(choice, Model),
             hf_config,
             Path(path),
             dtype=dtype,
@@ -273,6 +274,7 @@ class ComponentLoader:
             operations=self._operations,
             adapters=adapters,
             stage=stage,
+            plugin_name=None if choice.is_bundled else f"model/{choice.name}",
         )
 
     def _make_draft_source(self, target: Model, draft_model_path: str | None) -> DraftSource:

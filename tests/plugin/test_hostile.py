@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from tests.plugin import hostile_plugins
 from quire import AsyncLLM, SamplingParams
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.llm_engine import LLMEngine
-from quire.core.errors import PluginError
+from quire.core.errors import PluginError, QuireError
 from quire.core.testing.tiny_models import make_tiny_model
 
 HERE = hostile_plugins.__name__
@@ -204,6 +205,44 @@ def test_a_constructor_that_ends_the_process_is_refused_by_name(
     with pytest.raises(PluginError) as refusal:
         start_engine(model, **json.loads(json.dumps(arguments).replace("{}", target)))
     assert f"{kind}/{target} cannot be constructed: it called sys.exit(8)" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "fault", "said"),
+    [
+        ("__init__", "sys.exit(8)", r"^model/Ends\w+ cannot be constructed: it called sys.exit\(8\); mend it or "),
+        (
+            "__init__",
+            "1 / 0",
+            r"^model/Ends\w+ cannot be constructed: ZeroDivisionError: .*ending_model.py, line 13",
+        ),
+        ("checkpoint_map", "sys.exit(8)", r"(cannot|could not) start: model/Ends\w+ raised SystemExit: 8$"),
+    ],
+)
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.parallel)])
+def test_a_model_that_ends_the_process_is_refused_by_name(
+    model: str, install: Any, tmp_path: Path, method: str, fault: str, said: str, num_ranks: int
+) -> None:
+    code = f"""
+        import sys
+
+        from quire.sdk import hookimpl
+        from quire.plugins.models.llama import LlamaForCausalLM
+
+        @hookimpl
+        def quire_register_model(register):
+            register("EndsForCausalLM", "ending_model:Ends", "a model of another package")
+
+        class Ends(LlamaForCausalLM):
+            def {method}(self, *args, **kwargs):
+                {fault}
+    """
+    install("quire-ending", "ending_model", code)
+    folder = Path(shutil.copytree(model, tmp_path / "ending"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["EndsForCausalLM"]}))
+    with pytest.raises(QuireError, match=said):
+        start_engine(str(folder), tensor_parallel_size=num_ranks)
 
 
 def test_what_an_import_changes_in_the_process_is_changed_back(
