@@ -125,6 +125,8 @@ def make_server_settings(args: argparse.Namespace) -> ServerSettings:
             raise ConfigError(
                 "--lora-root is for /v1/load_lora_adapter, which exists with --admin-api-key alone; give one"
             )
+        if not (getattr(args, "enable_lora", None) or getattr(args, "lora_modules", None)):
+            raise ConfigError("--lora-root is for adapters, and there are none without --enable-lora; give it")
         if not Path(settings.lora_root).is_dir():
             raise ConfigError(f"--lora-root {settings.lora_root} is not a folder; make it, or name another")
     names = [parse_named_key(text).name for text in settings.named_api_key]

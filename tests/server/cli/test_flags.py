@@ -80,7 +80,7 @@ def test_each_flag_sets_its_field(flag: Setting) -> None:
     }[flag.value_type]
     needed: tuple[str, ...] = ()
     if flag.flag == "--lora-root":
-        word, value, needed = str(DOCS), str(DOCS), ("--admin-api-key", "a")
+        word, value, needed = str(DOCS), str(DOCS), ("--admin-api-key", "a", "--enable-lora")
     for name in (flag.flag, *flag.aliases):
         args = parsed(name, *([word] if word else []), *needed)
         owner = make_engine_args(args) if flag in ENGINE_FLAGS else make_server_settings(args)
@@ -287,3 +287,11 @@ def test_the_documentation_lists_every_flag() -> None:
 def test_the_documentation_lists_every_command() -> None:
     text = (DOCS / "cli.md").read_text()
     assert all(f"`quire {name}" in text for name in cli.COMMANDS)
+
+
+def test_a_root_of_adapters_without_a_use_is_refused() -> None:
+    for words, says in (((), "with --admin-api-key alone"), (("--admin-api-key", "k"), "none without --enable-lora")):
+        with pytest.raises(ConfigError, match=says):
+            make_server_settings(parsed("--lora-root", str(DOCS), *words))
+    for flags in (["--enable-lora"], ["--lora-modules", "a=b/c"]):
+        assert make_server_settings(parsed("--lora-root", str(DOCS), "--admin-api-key", "k", *flags)).lora_root
