@@ -106,14 +106,18 @@ class EngineCoreProcess:
                     watchdog.is_idle = False
                     if not is_readable:
                         continue
+                has_answered = False
                 for message in self._receive_messages(core):
                     if isinstance(message, Shutdown):
                         return
                     if isinstance(message, ControlCall):
                         with watchdog.allow_time(f"the control call {message.method:.80}", message.timeout):
                             self._answer_call(core, message)
+                        has_answered = True
                     else:
                         _handle_message(core, message)
+                if has_answered and not core.has_work:
+                    self._send_message(StepOutputs(core.report_stats()))  # an unload changes some, and no step follows
                 if core.has_work:
                     outputs = core.step()
                     steps = (outputs.steps, outputs.step_failures)

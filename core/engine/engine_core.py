@@ -187,11 +187,12 @@ class EngineCore:
         if not self._in_flight:
             self._structured_outputs.engine_wait.begin()
         outputs.steps, self._finished_step_stats = self._finished_step_stats, []
-        outputs.stats = self._make_stats_if_due(force=not self.has_work)
-        if outputs.stats is not None:
-            if self.scheduler.adapter_slots is not None:
-                outputs.adapters = self.scheduler.adapter_slots.list_activity()
-            outputs.quarantined = [*self.scheduler.quarantined, *self._quarantined]
+        self._add_stats(outputs, force=not self.has_work)
+        return outputs
+
+    def report_stats(self) -> EngineCoreOutputs:
+        """Stats alone, for what changes them while no step does."""
+        self._add_stats(outputs := EngineCoreOutputs(), force=True)
         return outputs
 
     def make_stats(self) -> dict[str, float]:
@@ -338,12 +339,13 @@ class EngineCore:
             self._recorder.record_output(step_stats, result)
         return outputs
 
-    def _make_stats_if_due(self, force: bool) -> dict[str, float] | None:
-        now = time.monotonic_ns()
-        if not force and now - self._last_stats_ns < _STATS_INTERVAL_NS:
-            return None
-        self._last_stats_ns = now
-        return self.make_stats()
+    def _add_stats(self, outputs: EngineCoreOutputs, *, force: bool) -> None:
+        if force or time.monotonic_ns() - self._last_stats_ns >= _STATS_INTERVAL_NS:
+            self._last_stats_ns = time.monotonic_ns()
+            outputs.stats = self.make_stats()
+            if self.scheduler.adapter_slots is not None:
+                outputs.adapters = self.scheduler.adapter_slots.list_activity()
+            outputs.quarantined = [*self.scheduler.quarantined, *self._quarantined]
 
     def _build_scheduler(self) -> Scheduler:
         config = self.config

@@ -184,6 +184,16 @@ def test_metrics_say_which_adapters_are_asked_for(
     assert float(re.findall(r"^quire:lora_loads_total\{.*\} (\S+)$", text, re.MULTILINE)[0]) >= 2
 
 
+def test_metrics_say_at_once_that_an_unload_freed_memory(server: RunningServer, admin: httpx.Client) -> None:
+    """Also where no request comes, so that no step follows."""
+    held = 'quire:lora_adapters_in_host_memory{model_name="quire-tiny"}'
+    before = server.metric(held)
+    assert admin.post(LOAD, json={"lora_name": "one-more", "lora_path": "random"}).status_code == 200
+    until(lambda: server.metric(held) == before + 1, 5)
+    assert admin.post(UNLOAD, json={"lora_name": "one-more"}).status_code == 200
+    until(lambda: server.metric(held) == before, 5)
+
+
 def test_adapters_come_back_with_the_engine(client: openai.OpenAI, server: RunningServer) -> None:
     """The engine's process dies, and the next one knows of the adapters what it is told with requests."""
     [engine] = child_processes(server.process.pid)
