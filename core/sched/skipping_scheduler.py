@@ -88,6 +88,20 @@ class SkippingScheduler(Scheduler):
         step.max_seq_lens = step.max_seq_lens + np.int32(num_steps)
         self._num_steps += num_steps
 
+    def count_needed_blocks(self, num_steps: int) -> list[int]:
+        """How many blocks ``skip_steps(n)`` allocates, for each n from 0 to ``num_steps``."""
+        table, size = self._running, self._allocator.block_size
+        rows = table.rows
+        computed, slots = table.num_computed_tokens[rows], table.num_slots[rows]
+        num_needed = np.zeros(num_steps + 1, np.int64)
+        while (short := slots < computed + num_steps).any():
+            extended = self._extend_once(rows, slots)
+            after = np.maximum(slots - computed + 1, 1)  # a step is one too many for the slots
+            np.add.at(num_needed, after[short], (extended - slots)[short] // size)
+            slots = np.where(short, extended, slots)
+        needed: list[int] = num_needed.cumsum().tolist()
+        return needed
+
     def _promises_equal_plans(self) -> bool:
         guard = self.policy_runner.guard
         promised = guard.changes_only_at_events or guard.has_default_plan
@@ -95,11 +109,16 @@ class SkippingScheduler(Scheduler):
 
     def _extend_slots(self, rows: NDArray[np.int64], num_steps: int) -> NDArray[np.int64]:
         """Tokens for which the rows will have blocks ``num_steps`` later, as ``BatchBuilder`` extends them."""
-        table, size = self._running, self._allocator.block_size
+        table = self._running
         slots: NDArray[Any] = table.num_slots[rows]
-        wanted, most = table.num_computed_tokens[rows] + num_steps, table.max_computed_tokens[rows]
+        wanted = table.num_computed_tokens[rows] + num_steps
         while (short := slots < wanted).any():
-            whole = (slots // size + 1) * size  # the block of the next token
-            unfilled = np.maximum(most - whole + size - 1, 0) // size * size
-            slots = np.where(short, whole + np.minimum(LOOKAHEAD_BLOCKS * size, unfilled), slots)
+            slots = np.where(short, self._extend_once(rows, slots), slots)
         return slots
+
+    def _extend_once(self, rows: NDArray[np.int64], slots: NDArray[Any]) -> NDArray[Any]:
+        size = self._allocator.block_size
+        whole = (slots // size + 1) * size  # the block of the next token
+        unfilled = np.maximum(self._running.max_computed_tokens[rows] - whole + size - 1, 0) // size * size
+        extended: NDArray[Any] = whole + np.minimum(LOOKAHEAD_BLOCKS * size, unfilled)
+        return extended

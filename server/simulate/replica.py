@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from quire.core.config import CacheConfig, SchedulerConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
+from quire.core.contracts.router import ReplicaLoad
 from quire.core.errors import InvalidRequestError, QueueFullError
 from quire.core.messages import EngineCoreOutputs, EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
 from quire.core.request import Request
@@ -25,6 +27,7 @@ from quire.server.simulate.step_model import EngineLimits, StepHostTimes, StepSh
 __all__ = ["Replica", "RequestLog", "StepObserver"]
 
 _IDLE_NS = 1_000_000  # as the engine core: the policy scheduled nothing though requests wait
+_NEVER_NS = 1 << 62
 
 StepObserver = Callable[[int, SchedulerOutput, int], None]
 """Told of each step: when it was scheduled, the step, and its time on the device in ns."""
@@ -50,6 +53,15 @@ class _InFlight(NamedTuple):
     end_ns: int
     num_reqs: int
     start_ns: int
+
+
+class _EqualSteps(NamedTuple):
+    """Turns that only repeat the one before: when each begins, its step's time on the device, and how the clock, the
+    device's and the end of the step in flight stand after it."""
+
+    starts: list[int]
+    device_times: list[int]
+    clocks: list[tuple[int, int, int]]
 
 
 class Replica:
@@ -101,6 +113,11 @@ class Replica:
         self._in_flight: deque[_InFlight] = deque()
         self._device_free_ns = 0
         self._device_ns = 1  # of the last step
+        self._equal_steps: _EqualSteps | None = None  # those that are known and not applied
+        self._num_needed_blocks = [0]  # after so many of them
+        self.quiet_until_ns = -1
+        """``advance`` up to here changes nothing that others see."""
+        self._load, self._load_until_ns = ReplicaLoad(0, 0, 0.0), -1
         self.device_busy_ns = self.num_steps = self.num_skipped_steps = 0
         self.unknown_ns = 0
         """Of ``device_busy_ns``, of steps larger than any that the step model knows."""
@@ -122,8 +139,26 @@ class Replica:
         """Requests that arrived and have not ended."""
         return len(self._pending) + self.scheduler.num_running + self.scheduler.num_waiting
 
+    def measure_load(self, at_ns: int) -> ReplicaLoad:
+        """What a router is told at ``at_ns``, up to which the replica has advanced."""
+        if at_ns > self._load_until_ns:
+            num_running, allocator, known = self.scheduler.num_running, self.allocator, self._equal_steps
+            num_free, self._load_until_ns = allocator.num_free_blocks(), self.quiet_until_ns
+            if known is not None:
+                needed = self._num_needed_blocks
+                count = bisect_left(known.starts, at_ns)
+                num_free -= needed[count]
+                changed = bisect_left(needed, needed[count] + 1)  # after so many turns
+                self._load_until_ns = known.starts[min(changed, len(known.starts)) - 1]
+            usage = 1.0 - num_free / max(allocator.num_blocks - 1, 1)
+            self._load = ReplicaLoad(num_running, self.num_requests - num_running, usage)
+        return self._load
+
     def add_request(self, request: EngineCoreRequest, tokens: RequestTokens) -> None:
         """A request arrives at its ``arrival_ns``, none before the one before it."""
+        if (known := self._equal_steps) is not None:
+            self._apply_steps(known, bisect_left(known.starts, request.arrival_ns))
+        self.quiet_until_ns = self._load_until_ns = -1
         self._tokens[request.request_id] = tokens
         self.logs[request.request_id] = RequestLog(request.arrival_ns, len(request.prompt_token_ids))
         self._pending.append((request.arrival_ns + round(self._model.host.arrival_us * 1e3), request))
@@ -137,20 +172,37 @@ class Replica:
         self._model = model
         self._host_times.clear()
 
-    def advance(self, until_ns: int) -> None:
-        """Serve up to ``until_ns``: the turn that begins before it is carried out whole."""
+    def advance(self, until_ns: int, num_ahead: int = 0) -> None:
+        """Serve up to ``until_ns``: the turn that begins before it is carried out whole.
+
+        ``num_ahead``: look for turns to skip so many steps beyond, and apply none of them while none that comes later
+        would end the skipping. For replicas that stand still at the arrivals of others: ``quiet_until_ns`` then tells
+        until when they need not be asked again.
+        """
+        if until_ns <= self.quiet_until_ns:
+            return
+        self._load_until_ns = -1
+        if self._equal_steps is not None:
+            self._apply_steps(self._equal_steps, bisect_left(self._equal_steps.starts, until_ns))
         while self.now_ns < until_ns:
             if not self._in_flight and not self.scheduler.has_unfinished_requests:
                 if not self._pending or self._pending[0][0] >= until_ns:
+                    self.quiet_until_ns = self._pending[0][0] if self._pending else _NEVER_NS
                     return
                 self.now_ns = max(self.now_ns, self._pending[0][0])
             self._take_arrivals()
             if self._skip_equal_steps and len(self._in_flight) == 1:
-                self._skip_steps(until_ns)
+                known = self._find_equal_steps(until_ns + num_ahead * self._device_ns)
+                if known is not None:
+                    if known.starts[-1] >= until_ns:
+                        self._keep_steps(known)
+                        return
+                    self._apply_steps(known, len(known.starts))
                 if self.now_ns >= until_ns:
-                    return
+                    break
                 self._take_arrivals()
             self._run_turn()
+        self.quiet_until_ns = self.now_ns
 
     def _take_arrivals(self) -> None:
         pending = self._pending
@@ -264,11 +316,11 @@ class Replica:
             self._recorder.record_end(request)
         del self._tokens[request.request_id]
 
-    def _skip_steps(self, until_ns: int) -> None:
-        """Skip the turns that would only repeat the one before, up to the next arrival."""
-        step, output, end_ns, num_reqs, start_ns = self._in_flight[0]
+    def _find_equal_steps(self, until_ns: int) -> _EqualSteps | None:
+        """The turns before ``until_ns``, or before the next arrival, that would only repeat the one before."""
+        step, _, end_ns, num_reqs, _ = self._in_flight[0]
         if step.num_decodes != num_reqs:
-            return
+            return None
         if self._pending:
             until_ns = min(until_ns, self._pending[0][0])
         rows = self.scheduler.debug_state().running.rows
@@ -276,31 +328,46 @@ class Replica:
         limit = (until_ns - self.now_ns) // self._device_ns + 2
         num_steps = min(limit, self._worker.count_steps_before_end(rows)) if len(rows) else 0
         if num_steps < 2:
-            return
+            return None
         num_steps = self.scheduler.count_skippable_steps(num_steps)
         if num_steps < 2:
-            return
+            return None
         first_context = int(step.max_seq_lens.sum(dtype=np.int64))
         contexts = first_context + num_reqs * np.arange(1, num_steps + 1, dtype=np.int64)
         times = self._model.decode_ns(num_reqs, contexts).tolist()
         # The clock of each turn, exactly as ``_launch`` and ``_finish_oldest`` move it.
         schedule_ns, launch_ns, update_ns, lead_ns = self._model.host_ns(num_reqs)
         host_ns, gap_ns = schedule_ns + launch_ns, round(self._model.host.gap_us * 1e3)
-        now, device_free, count = self.now_ns, self._device_free_ns, 0
+        now, device_free = self.now_ns, self._device_free_ns
+        starts: list[int] = []
+        clocks: list[tuple[int, int, int]] = []
         for device_ns in times:
             if now >= until_ns:
                 break
+            starts.append(now)
             begin = max(now + schedule_ns + lead_ns, device_free)
             now += host_ns
             device_free = max(begin + device_ns, now) + gap_ns
             now = max(now, end_ns) + update_ns
             end_ns = device_free
-            count += 1
+            clocks.append((now, device_free, end_ns))
+        return _EqualSteps(starts, times, clocks) if starts else None
+
+    def _keep_steps(self, known: _EqualSteps) -> None:
+        """Apply these later: others see no more of them than the blocks that they take."""
+        self._equal_steps, self.quiet_until_ns = known, known.starts[-1]
+        self._num_needed_blocks = self.scheduler.count_needed_blocks(len(known.starts))
+
+    def _apply_steps(self, known: _EqualSteps, count: int) -> None:
+        """Skip the first ``count`` of them."""
+        self._equal_steps = None
         if not count:
             return
+        step, output, _, num_reqs, start_ns = self._in_flight[0]
+        rows = self.scheduler.debug_state().running.rows
         self.scheduler.skip_steps(count, self._worker.skip_steps(rows, count))
-        self.now_ns, self._device_free_ns = now, device_free
-        self._count_device_time(sum(times[:count]), _measure_shape(step))
+        self.now_ns, self._device_free_ns, end_ns = known.clocks[count - 1]
+        self._count_device_time(sum(known.device_times[:count]), _measure_shape(step))
         if self._worker.has_sequences:
             output = self._worker.sample_tokens(step)
         self._in_flight[0] = _InFlight(step, output, end_ns, num_reqs, start_ns)

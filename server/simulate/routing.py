@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quire.core.contracts.router import ReplicaLoad, RoutedRequest, Router
+from quire.core.contracts.router import RoutedRequest, Router
 from quire.core.errors import PluginError
 from quire.core.messages import EngineCoreRequest
 from quire.server.simulate.replica import Replica
@@ -22,7 +22,7 @@ def make_assignment(router: Router, trace: Trace) -> Assignment:
         name = type(router).__qualname__
         routed = _make_routed_request(message, request, trace.hash_block_size)
         try:
-            chosen = router.choose_replica(routed, [_measure_replica(replica) for replica in replicas])
+            chosen = router.choose_replica(routed, [replica.measure_load(message.arrival_ns) for replica in replicas])
         except Exception as error:
             raise PluginError(f"router {name}: choose_replica raised {type(error).__name__}: {error}") from error
         if not isinstance(chosen, int) or not 0 <= chosen < len(replicas):
@@ -43,10 +43,3 @@ def _make_routed_request(message: EngineCoreRequest, request: TraceRequest, bloc
         request.block_hashes[:num_blocks],
         block_size,
     )
-
-
-def _measure_replica(replica: Replica) -> ReplicaLoad:
-    num_running = replica.scheduler.num_running
-    allocator = replica.allocator
-    usage = 1.0 - allocator.num_free_blocks() / max(allocator.num_blocks - 1, 1)
-    return ReplicaLoad(num_running, replica.num_requests - num_running, usage)

@@ -30,6 +30,9 @@ from quire.server.traces.trace import Trace, TraceRequest
 
 __all__ = ["Assignment", "EngineSetup", "SimulatedServer", "run_simulation"]
 
+_STEPS_AHEAD = 64
+"""How far replicas look ahead for equal steps while requests arrive at others."""
+
 _SCHEDULING_FIELDS = SchedulingParams.__struct_fields__
 
 Assignment = Callable[[int, EngineCoreRequest, TraceRequest, Sequence[Replica]], int]
@@ -123,19 +126,25 @@ class SimulatedServer:
             )
         self._chosen: list[Replica] = []  # by request
         self._first_of_prompt: dict[int, int] = {}  # by ``TraceRequest.prompt_id``: the request that computes it
+        self._num_waiting = self._num_running = 0  # of all replicas, at the last arrival
         self._queue_depth: list[tuple[float, int, int]] = []
         self._make_params = lru_cache(maxsize=4096)(_make_params)
 
     def serve_arrivals(self, until_s: float) -> None:
         """Let the requests arrive that come before ``until_s``."""
         trace, replicas = self._trace, self._replicas
+        num_ahead = _STEPS_AHEAD if len(replicas) > 1 else 0
         for number in range(len(self._chosen), len(trace)):
             request = trace.requests[number]
             if request.arrival_s >= until_s:
                 return
             arrival_ns = round(request.arrival_s * 1e9)
             for replica in replicas:
-                replica.advance(arrival_ns)
+                if replica.quiet_until_ns < arrival_ns:
+                    waiting, running = replica.scheduler.num_waiting, replica.scheduler.num_running
+                    replica.advance(arrival_ns, num_ahead)
+                    self._num_waiting += replica.scheduler.num_waiting - waiting
+                    self._num_running += replica.scheduler.num_running - running
             parent = None
             if request.prompt_id is not None:
                 first = self._first_of_prompt.setdefault(request.prompt_id, number)
@@ -150,9 +159,7 @@ class SimulatedServer:
                 replica = replicas[0 if self._assign is None else self._assign(number, message, request, replicas)]
             replica.add_request(message, tokens)
             self._chosen.append(replica)
-            waiting = sum(replica.scheduler.num_waiting for replica in replicas)
-            running = sum(replica.scheduler.num_running for replica in replicas)
-            self._queue_depth.append((request.arrival_s, waiting, running))
+            self._queue_depth.append((request.arrival_s, self._num_waiting, self._num_running))
 
     def switch(self, at_s: float, policy: BatchingPolicy, name: str, model: StepTimeModel) -> None:
         """From ``at_s`` on, the (one) replica has another policy, and steps take what ``model`` says."""

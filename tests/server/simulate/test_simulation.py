@@ -13,12 +13,14 @@ from quire.core.contracts.policy import BatchingPolicy
 from quire.core.plugin.builtin import quire_register_policy
 from quire.core.plugin.registry import Registrar
 from quire.core.plugin.target import load_target
+from quire.plugins.router.least_loaded import LeastLoadedRouter
 from quire.plugins.sched.fcfs import FCFSPolicy
 from quire.plugins.sched.priority import PriorityPolicy
 from quire.plugins.sched.sjf import SJFPolicy
 from quire.server.simulate.capacity import describe_load, measure_load, scale_to_load
 from quire.server.simulate.replica import Replica
 from quire.server.simulate.results import Objectives
+from quire.server.simulate.routing import make_assignment
 from quire.server.simulate.simulation import run_simulation
 from quire.server.simulate.step_model import StepShape
 from quire.server.traces.trace import Trace, TraceRequest
@@ -79,14 +81,28 @@ def test_skipped_steps_change_no_digit_where_decodes_are_padded(make_setup, make
         assert_same(*(run_simulation(trace, make_setup(model=model, skip=skip)) for skip in (False, True)))
 
 
-def test_skipped_steps_change_no_digit_among_replicas(make_setup, make_trace):
-    trace = make_trace(rate=20.0)
+class _Recording(LeastLoadedRouter):
+    """Keeps what it is told; the share of blocks in use decides often, since requests are spread evenly."""
 
-    def by_load(number, message, request, replicas):
-        return min(range(len(replicas)), key=lambda i: replicas[i].num_requests)
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
-    results = [run_simulation(trace, make_setup(skip=skip), num_replicas=3, assign=by_load) for skip in (False, True)]
+    def choose_replica(self, request, replicas):
+        self.seen.append(list(replicas))
+        return super().choose_replica(request, replicas)
+
+
+@pytest.mark.parametrize("name", ["light", "long answers", "busy", "conversations"])
+def test_skipped_steps_change_no_digit_and_no_load_among_replicas(make_setup, make_trace, name):
+    trace = make_trace(**TRACES[name])
+    results, routers = [], [_Recording(), _Recording()]
+    for skip, router in zip((False, True), routers, strict=True):
+        assign = make_assignment(router, trace)
+        results.append(run_simulation(trace, make_setup(skip=skip), num_replicas=3, assign=assign))
     assert_same(*results)
+    assert routers[0].seen == routers[1].seen
+    assert len({load.kv_usage for loads in routers[0].seen for load in loads}) > 20
 
 
 def test_every_request_is_served_once_and_whole(make_setup, make_trace):
