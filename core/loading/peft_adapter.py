@@ -6,13 +6,14 @@ that of ``peft.LoraConfig`` and ``PeftModel.save_pretrained``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -177,6 +178,9 @@ def compute_content_hash(path: str | Path) -> str:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         try:
             with _open_file(folder / name) as file:
+                if name == WEIGHTS_NAME:
+                    with _open_weights(folder):
+                        pass  # its header has been checked against its length: what is hashed is what it says
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         except OSError as error:
             raise CheckpointError(f"adapter {str(path)!r} {_explain_unreadable(folder, name, error)}") from None
@@ -225,10 +229,16 @@ def _read_config(folder: Path) -> PeftConfig:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
+    with _open_weights(folder) as file:
+        # One by one, so that no other thread waits for long; copies, which later writes to the file do not reach.
+        return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
+
+
+@contextlib.contextmanager
+def _open_weights(folder: Path) -> Iterator[Any]:
     try:
         with safe_open(folder / WEIGHTS_NAME, framework="pt", device="cpu") as file:
-            # One by one, so that no other thread waits for long; copies, which later writes to the file do not reach.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
+            yield file
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
