@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -12,21 +10,18 @@ from typing import Any
 from tqdm import tqdm
 
 from quire.core.adapters import AdapterRef, LoRARequest
-from quire.core.engine.adapter_registry import AdapterRegistry
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import format_ready_line
 from quire.core.engine.llm_engine import LLMEngine
 from quire.core.engine.prompts import AnyPrompt, parse_prompt, split_prompts
 from quire.core.engine.tool_use import read_tool_use
 from quire.core.engine.vllm_names import check_call_arguments
-from quire.core.errors import InvalidRequestError, QuireError, RequestFailedError
+from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
 
 __all__ = ["LLM"]
-
-_ADAPTER_POLL_S = 0.002
 
 
 class LLM:
@@ -53,14 +48,8 @@ class LLM:
         self.steps = self.llm_engine.steps
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
         self._request_counter = itertools.count()
-        self.adapters = AdapterRegistry(self.config)
+        self.adapters = self.llm_engine.adapters
         """The LoRA adapters that are loaded, by name."""
-        try:
-            for module in self.config.extra["lora_modules"]:
-                self.load_adapter(module.name, module.path, base_model_name=module.base_model_name)
-        except BaseException:
-            self.shutdown()
-            raise
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLM:
@@ -115,7 +104,7 @@ class LLM:
         found: dict[int, AdapterRef | None] = {}  # by the request's place in memory: each is loaded once
         for request in wanted:
             if id(request) not in found:
-                found[id(request)] = self._find_adapter(request)
+                found[id(request)] = self.llm_engine.find_or_load_adapter(request)
         adapters = [found[id(request)] for request in wanted]
         request_ids = [self._make_request_id() for _ in batch]
         requests = [
@@ -194,24 +183,11 @@ class LLM:
         """Load a LoRA adapter from a folder that PEFT wrote, or from the hub: ``lora_request=LoRARequest(name)`` uses
         it. ``load_inplace`` replaces the one that has the name; requests that have begun keep that. Raises
         ``InvalidRequestError`` and ``CheckpointError``."""
-        ref = self.adapters.read_adapter(name, path, load_inplace=load_inplace, base_model_name=base_model_name)
-        try:
-            while not self.call_control("add_adapter", {"adapter": ref}):
-                time.sleep(_ADAPTER_POLL_S)
-        except BaseException:
-            with contextlib.suppress(QuireError):
-                self.call_control("remove_adapter", {"adapter_id": ref.adapter_id})
-            raise
-        replaced = self.adapters.add_adapter(ref)
-        if replaced is not None:
-            self.call_control("remove_adapter", {"adapter_id": replaced.adapter_id})
-        return ref
+        return self.llm_engine.load_adapter(name, path, load_inplace=load_inplace, base_model_name=base_model_name)
 
     def unload_adapter(self, name: str) -> None:
         """Drop a LoRA adapter, once the requests that use it have ended. Raises ``InvalidRequestError``."""
-        self.call_control("remove_adapter", {"adapter_id": self.adapters.remove_adapter(name).adapter_id})
-        while self.engine_core.has_work and not self.engine_core.scheduler.has_unfinished_requests:
-            self.llm_engine.process_step()  # the last step, which may name its slot
+        self.llm_engine.unload_adapter(name)
 
     def call_control(self, method: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Call a control method of the engine core, such as ``get_stats``; what it returned, as plain values. Raises
@@ -241,13 +217,6 @@ class LLM:
     def shutdown(self) -> None:
         """Free the model. Idempotent."""
         self.llm_engine.shutdown()
-
-    def _find_adapter(self, request: LoRARequest | None) -> AdapterRef | None:
-        ref = self.adapters.find_requested(request)
-        if ref is not None or request is None:
-            return ref
-        inplace, parent = request.load_inplace, request.base_model_name
-        return self.load_adapter(request.lora_name, request.lora_path, load_inplace=inplace, base_model_name=parent)
 
     def _make_request_id(self) -> str:
         return next(name for name in map(str, self._request_counter) if name not in self.output_processor)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from quire.core.adapters import AdapterRef, LoRARequest
 from quire.core.config import EngineConfig, ModelConfig
 from quire.core.contracts.executor import Executor
 from quire.core.contracts.policy import BatchingPolicy
+from quire.core.engine.adapter_registry import AdapterRegistry
 from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
@@ -22,7 +26,7 @@ from quire.core.engine.prompts import AnyPrompt, Prompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.watchdog import StepWatchdog
-from quire.core.errors import ConfigError, InvalidRequestError, PluginError
+from quire.core.errors import ConfigError, InvalidRequestError, PluginError, QuireError
 from quire.core.messages import EngineCoreRequest, RequestOutput
 from quire.core.plugin.frames import PluginFrames, describe_error
 from quire.core.plugin.quarantine import NEVER_CONTAINED
@@ -31,6 +35,8 @@ from quire.core.scheduling_params import SchedulingParams
 from quire.core.stats import TRACED_STEPS, StepStats
 
 __all__ = ["LLMEngine"]
+
+_ADAPTER_POLL_S = 0.002
 
 
 class LLMEngine:
@@ -64,6 +70,14 @@ class LLMEngine:
         self._watchdog = StepWatchdog(self.engine_core)
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
+        self.adapters = AdapterRegistry(self.config)
+        """The LoRA adapters that are loaded, by name."""
+        try:
+            for module in self.config.extra["lora_modules"]:
+                self.load_adapter(module.name, module.path, base_model_name=module.base_model_name)
+        except BaseException:
+            self.shutdown()
+            raise
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
@@ -85,16 +99,20 @@ class LLMEngine:
         cache_salt: str | None = None,
         scheduling: SchedulingParams | None = None,
         stream: StreamMode = "cumulative",
+        lora_request: LoRARequest | None = None,
     ) -> None:
         """Queue a request. ``stream`` says what ``step`` returns of it: all so far (``cumulative``), the new part of
-        one continuation (``delta``), or the whole at its end (``final``).
+        one continuation (``delta``), or the whole at its end (``final``). ``lora_request`` is an adapter, which is
+        loaded if it is not yet.
 
-        Raises ``InvalidRequestError`` for what cannot be served, and for an id that is in use.
+        Raises ``InvalidRequestError`` for what cannot be served, and for an id that is in use; ``CheckpointError`` for
+        an adapter that cannot be read.
         """
         parsed, salt_of_prompt = parse_prompt(prompt)
         salt = salt_of_prompt if cache_salt is None else cache_salt
+        adapter = self.find_or_load_adapter(lora_request)
         requests = self.input_processor.process_inputs(
-            request_id, parsed, params, priority=priority, cache_salt=salt, scheduling=scheduling
+            request_id, parsed, params, priority=priority, cache_salt=salt, scheduling=scheduling, adapter=adapter
         )
         self.engine_core.compile_structured_output(requests[0])
         self.queue_requests(request_id, parsed, requests, stream)
@@ -146,6 +164,39 @@ class LLMEngine:
     def get_num_unfinished_requests(self) -> int:
         """Requests that are not over."""
         return len(self.output_processor)
+
+    def find_or_load_adapter(self, request: LoRARequest | None) -> AdapterRef | None:
+        """The adapter of a request, loaded if it is not yet. Raises what ``load_adapter`` does."""
+        ref = self.adapters.find_requested(request)
+        if ref is not None or request is None:
+            return ref
+        inplace, parent = request.load_inplace, request.base_model_name
+        return self.load_adapter(request.lora_name, request.lora_path, load_inplace=inplace, base_model_name=parent)
+
+    def load_adapter(
+        self, name: str, path: str, *, load_inplace: bool = False, base_model_name: str | None = None
+    ) -> AdapterRef:
+        """As ``LLM.load_adapter``: requests that run wait for it."""
+        ref = self.adapters.read_adapter(name, path, load_inplace=load_inplace, base_model_name=base_model_name)
+        call_control = self.engine_core.control.call_method
+        try:
+            while not call_control("add_adapter", {"adapter": ref}):
+                time.sleep(_ADAPTER_POLL_S)
+        except BaseException:
+            with contextlib.suppress(QuireError):
+                call_control("remove_adapter", {"adapter_id": ref.adapter_id})
+            raise
+        replaced = self.adapters.add_adapter(ref)
+        if replaced is not None:
+            call_control("remove_adapter", {"adapter_id": replaced.adapter_id})
+        return ref
+
+    def unload_adapter(self, name: str) -> None:
+        """As ``LLM.unload_adapter``."""
+        ref = self.adapters.remove_adapter(name)
+        self.engine_core.control.call_method("remove_adapter", {"adapter_id": ref.adapter_id})
+        while self.engine_core.has_work and not self.engine_core.scheduler.has_unfinished_requests:
+            self.process_step()  # the last step, which may name its slot
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model."""

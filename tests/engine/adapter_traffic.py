@@ -107,7 +107,8 @@ class AdapterTraffic:
         self.loaded.clear()
         assert self.llm.call_control("list_adapters") == []
         if not self._drafts:  # what is drafted for the last request depends on those before it
-            assert self._count_bytes_after_request() == self.bytes_before
+            # Less where what engines of other tests left is collected meanwhile.
+            assert self._count_bytes_after_request() <= self.bytes_before
         self.llm.shutdown()
 
     def _count_bytes_after_request(self) -> int:

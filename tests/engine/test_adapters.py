@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quire import LLM, LoRARequest, SamplingParams
-from quire.core.engine.adapter_registry import AdapterModule, parse_lora_modules
+from quire import LLM, EngineArgs, LLMEngine, LoRARequest, SamplingParams
+from quire.core.engine.adapter_registry import AdapterModule, AdapterRegistry, parse_lora_modules
 from quire.core.engine.config_builder import build_config
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError, RequestFailedError
 from quire.core.testing.tiny_adapters import make_tiny_adapter
@@ -225,9 +225,27 @@ def test_an_adapter_of_the_hub_is_asked_for_once(
     llm.unload_adapter("of-the-hub")
 
 
-def test_settings() -> None:
-    from quire import EngineArgs
+def test_an_engine_that_is_driven_by_hand_takes_adapters() -> None:
+    """As vLLM's example of several adapters does it."""
+    args = EngineArgs(model="quire-tiny", lora_modules=["json=quire-tiny-json"], max_model_len=256)
+    engine = LLMEngine.from_engine_args(args)
+    prompt = "<|im_start|>user\nWhat does TTFT mean?<|im_end|>\n<|im_start|>assistant\n"
+    upper = LoRARequest("upper", 1, "quire-tiny-upper")
+    for request_id, request in (("0", None), ("1", upper), ("2", LoRARequest("json", 2)), ("3", upper)):
+        engine.add_request(request_id, prompt, GREEDY, lora_request=request)
+    answers = {}
+    while engine.has_unfinished_requests():
+        answers |= {output.request_id: output.outputs[0].text for output in engine.step() if output.finished}
+    answer = "TTFT is the time to the first token."
+    assert [answers[name] for name in "013"] == [answer, answer.upper(), answer.upper()]
+    assert json.loads(answers["2"]) == {"answer": answer}
+    engine.unload_adapter("upper")
+    with pytest.raises(InvalidRequestError, match="no adapter is called 'upper'"):
+        engine.add_request("4", prompt, GREEDY, lora_request=LoRARequest("upper"))
+    engine.shutdown()
 
+
+def test_settings() -> None:
     def build(**settings: object) -> object:
         return build_config(EngineArgs.from_kwargs(model="quire-tiny", **settings)).config.adapters
 
@@ -249,9 +267,6 @@ def test_settings() -> None:
 
 
 def test_an_adapter_is_refused_where_they_are_off() -> None:
-    from quire.core.engine.adapter_registry import AdapterRegistry
-    from quire.core.engine.args import EngineArgs
-
     registry = AdapterRegistry(build_config(EngineArgs(model="quire-tiny")).config)
     with pytest.raises(InvalidRequestError, match="adapters are off; start with enable_lora"):
         registry.find_requested(LoRARequest("a", 1, "/a"))
