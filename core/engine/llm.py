@@ -183,11 +183,11 @@ class LLM:
         """Load a LoRA adapter from a folder that PEFT wrote, or from the hub: ``lora_request=LoRARequest(name)`` uses
         it. ``load_inplace`` replaces the one that has the name; requests that have begun keep that. Raises
         ``InvalidRequestError`` and ``CheckpointError``."""
-        return self.llm_engine.load_adapter(name, path, load_inplace=load_inplace, base_model_name=base_model_name)
+        return self.llm_engine.add_lora(LoRARequest(name, 0, path, base_model_name, load_inplace=load_inplace))
 
     def unload_adapter(self, name: str) -> None:
         """Drop a LoRA adapter, once the requests that use it have ended. Raises ``InvalidRequestError``."""
-        self.llm_engine.unload_adapter(name)
+        self.llm_engine.remove_lora(name)
 
     def call_control(self, method: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Call a control method of the engine core, such as ``get_stats``; what it returned, as plain values. Raises

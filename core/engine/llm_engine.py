@@ -74,7 +74,7 @@ class LLMEngine:
         """The LoRA adapters that are loaded, by name."""
         try:
             for module in self.config.extra["lora_modules"]:
-                self.load_adapter(module.name, module.path, base_model_name=module.base_model_name)
+                self.add_lora(LoRARequest(module.name, 0, module.path, module.base_model_name))
         except BaseException:
             self.shutdown()
             raise
@@ -166,18 +166,15 @@ class LLMEngine:
         return len(self.output_processor)
 
     def find_or_load_adapter(self, request: LoRARequest | None) -> AdapterRef | None:
-        """The adapter of a request, loaded if it is not yet. Raises what ``load_adapter`` does."""
+        """The adapter of a request, loaded if it is not yet. Raises what ``add_lora`` does."""
         ref = self.adapters.find_requested(request)
-        if ref is not None or request is None:
-            return ref
-        inplace, parent = request.load_inplace, request.base_model_name
-        return self.load_adapter(request.lora_name, request.lora_path, load_inplace=inplace, base_model_name=parent)
+        return self.add_lora(request) if ref is None and request is not None else ref
 
-    def load_adapter(
-        self, name: str, path: str, *, load_inplace: bool = False, base_model_name: str | None = None
-    ) -> AdapterRef:
-        """As ``LLM.load_adapter``: requests that run wait for it."""
-        ref = self.adapters.read_adapter(name, path, load_inplace=load_inplace, base_model_name=base_model_name)
+    def add_lora(self, lora_request: LoRARequest) -> AdapterRef:
+        """Load an adapter, as ``LLM.load_adapter`` does: requests that run wait for it."""
+        name, inplace = lora_request.lora_name, lora_request.load_inplace
+        parent = lora_request.base_model_name
+        ref = self.adapters.read_adapter(name, lora_request.lora_path, load_inplace=inplace, base_model_name=parent)
         call_control = self.engine_core.control.call_method
         try:
             while not call_control("add_adapter", {"adapter": ref}):
@@ -191,8 +188,8 @@ class LLMEngine:
             call_control("remove_adapter", {"adapter_id": replaced.adapter_id})
         return ref
 
-    def unload_adapter(self, name: str) -> None:
-        """As ``LLM.unload_adapter``."""
+    def remove_lora(self, name: str) -> None:
+        """Drop an adapter, as ``LLM.unload_adapter`` does."""
         ref = self.adapters.remove_adapter(name)
         self.engine_core.control.call_method("remove_adapter", {"adapter_id": ref.adapter_id})
         while self.engine_core.has_work and not self.engine_core.scheduler.has_unfinished_requests:

@@ -239,7 +239,7 @@ def test_an_engine_that_is_driven_by_hand_takes_adapters() -> None:
     answer = "TTFT is the time to the first token."
     assert [answers[name] for name in "013"] == [answer, answer.upper(), answer.upper()]
     assert json.loads(answers["2"]) == {"answer": answer}
-    engine.unload_adapter("upper")
+    engine.remove_lora("upper")
     with pytest.raises(InvalidRequestError, match="no adapter is called 'upper'"):
         engine.add_request("4", prompt, GREEDY, lora_request=LoRARequest("upper"))
     engine.shutdown()
