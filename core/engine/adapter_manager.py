@@ -20,7 +20,8 @@ _LOAD_TIMEOUT_S = 300.0
 
 
 class AdapterManager:
-    """The adapters of ``AsyncLLM``. Adapters are loaded one after another; requests go on meanwhile."""
+    """The adapters of ``AsyncLLM``. The engine core loads them one after another; requests go on meanwhile, and so do
+    unloads, and what others fetch from the hub."""
 
     def __init__(
         self, registry: AdapterRegistry, call_control: Callable[[str, Mapping[str, Any]], Awaitable[Any]]
@@ -67,11 +68,11 @@ class AdapterManager:
         has the name; requests that have begun keep that. ``base_model_name`` is what ``/v1/models`` calls its base.
         Returns once requests can use it; cancelled, it leaves nothing behind. Raises ``InvalidRequestError`` and
         ``CheckpointError``, one line each, and what ``AsyncLLM.call_control`` does."""
+        options: dict[str, Any] = {"load_inplace": load_inplace, "base_model_name": base_model_name}
+        ref = await asyncio.to_thread(self._registry.read_adapter, name, path, **options)
         self._lock = self._lock or asyncio.Lock()
         async with self._lock:
-            read = self._registry.read_adapter
-            options: dict[str, Any] = {"load_inplace": load_inplace, "base_model_name": base_model_name}
-            ref = await asyncio.to_thread(read, name, path, **options)
+            self._registry.check_name(name, load_inplace=load_inplace)
             arguments, pause = {"adapter": msgspec.to_builtins(ref)}, _POLL_S
             try:
                 async with asyncio.timeout(_LOAD_TIMEOUT_S):
@@ -91,9 +92,7 @@ class AdapterManager:
 
     async def unload_adapter(self, name: str) -> None:
         """Drop a LoRA adapter, once the requests that use it have ended. Raises ``InvalidRequestError``."""
-        self._lock = self._lock or asyncio.Lock()
-        async with self._lock:
-            await self._remove(self._registry.remove_adapter(name))
+        await self._remove(self._registry.remove_adapter(name))
 
     async def _remove(self, ref: AdapterRef) -> None:
         await self._call_control("remove_adapter", {"adapter_id": ref.adapter_id})

@@ -100,6 +100,13 @@ class AdapterRegistry:
             raise InvalidRequestError(
                 f"an adapter's name may have printable characters alone, got {name!r}", "lora_name"
             )
+        self.check_name(name, load_inplace=load_inplace)
+        folder = self._resolve_path(path)
+        content_hash = compute_content_hash(folder)
+        return AdapterRef(next(self._numbers), name, str(folder), content_hash, path, base_model_name)
+
+    def check_name(self, name: str, *, load_inplace: bool) -> None:
+        """Raise ``InvalidRequestError`` where an adapter cannot take the name."""
         if not name or name in self._model_names:
             raise InvalidRequestError(
                 f"an adapter cannot be called {name!r}, as the model is; choose another name", "lora_name"
@@ -107,9 +114,6 @@ class AdapterRegistry:
         taken = self._adapters.get(name)
         if taken is not None and not load_inplace:
             raise InvalidRequestError(_describe_taken(taken), "lora_name")
-        folder = self._resolve_path(path)
-        content_hash = compute_content_hash(folder)
-        return AdapterRef(next(self._numbers), name, str(folder), content_hash, path, base_model_name)
 
     def add_adapter(self, ref: AdapterRef) -> AdapterRef | None:
         """From now on the name stands for this adapter. What it stood for before, for the engine core to drop."""

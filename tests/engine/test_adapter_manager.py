@@ -13,7 +13,7 @@ from quire import EngineArgs, LoRARequest
 from quire.core.engine.adapter_manager import AdapterManager
 from quire.core.engine.adapter_registry import AdapterRegistry
 from quire.core.engine.config_builder import build_config
-from quire.core.errors import EngineDeadError
+from quire.core.errors import EngineDeadError, InvalidRequestError
 
 
 class Core:
@@ -107,3 +107,31 @@ def test_the_hub_is_never_asked_in_the_event_loop(
 
     asyncio.run(run())
     assert len(threads) == 2 and threading.get_ident() not in threads
+
+
+def test_what_is_fetched_from_the_hub_holds_up_no_other_adapter(
+    manager: AdapterManager, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core.is_read.set()
+    begun, may_end = threading.Event(), threading.Event()
+
+    def download(name: str, **options: object) -> str:
+        begun.set()
+        may_end.wait(20)
+        return "core/assets/quire-tiny-json"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+    async def run() -> None:
+        task = asyncio.create_task(manager.load_adapter("slow", "acme/json"))
+        await asyncio.to_thread(begun.wait, 20)
+        await manager.load_adapter("other", "quire-tiny-upper")
+        await manager.unload_adapter("other")
+        await manager.load_adapter("slow", "quire-tiny-upper")
+        assert not task.done()
+        may_end.set()
+        with pytest.raises(InvalidRequestError, match="'slow' stands for the adapter of"):
+            await task
+        assert len(core.held) == 1
+
+    asyncio.run(run())
