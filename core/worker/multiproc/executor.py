@@ -88,7 +88,7 @@ class MultiprocExecutor(Executor):
         self._num_unchecked_tokens = 0
         self._done: dict[int, ModelRunnerOutput] = {}  # by number of the step
         self._failures: dict[int, StepFailed] = {}
-        self._unusual: set[int] = set()  # steps that failed, or in which a plugin was quarantined, on some rank
+        self._unusual: dict[int, int] = {}  # steps that failed or lost a plugin: the rank that said so first
         self._replies: list[dict[type, Any]] = []  # by rank: what it answered, by class
         self._dead: WorkerDiedError | None = None
         self._is_ending = False
@@ -279,10 +279,10 @@ class MultiprocExecutor(Executor):
                 if rank == self._layout.output_rank:
                     self._done[message.number] = message.output
                 if message.output.quarantined:
-                    self._unusual.add(message.number)
+                    self._unusual.setdefault(message.number, rank)
             elif isinstance(message, StepFailed):
                 self._failures.setdefault(message.number, message)
-                self._unusual.add(message.number)
+                self._unusual.setdefault(message.number, rank)
             elif isinstance(message, StartFailed):
                 self._fail_start(rank, message)
             else:
@@ -291,9 +291,9 @@ class MultiprocExecutor(Executor):
     def _compare_unusual_steps(self) -> None:
         """First of all: a rank that left the others keeps them from answering anything."""
         while self._unusual:
-            self._compare_step(self._unusual.pop())
+            self._compare_step(*self._unusual.popitem())
 
-    def _compare_step(self, number: int) -> None:
+    def _compare_step(self, number: int, first_rank: int) -> None:
         """End unless all ranks of a stage say the same of a step, which was out of the ordinary for one."""
         if self._size == 1:
             return
@@ -307,13 +307,13 @@ class MultiprocExecutor(Executor):
         stages = [self._layout.list_stage(stage) for stage in range(self._layout.pipeline_parallel_size)]
         if not num_silent and all(len({outcomes[rank] for rank in stage}) == 1 for stage in stages):
             return
-        rank = next((rank for rank, outcome in enumerate(outcomes) if outcome), 0)
-        what = outcomes[rank] or "failed"
+        # The first rank that said so may not answer: with another step it waits for those that it left in this one.
+        what = outcomes[first_rank] or "failed"
         if failure := self._failures.get(number):
             _log.error("%s", failure.traceback.rstrip())
             what = failure.error
         others = f"{num_silent} ranks do not answer" if num_silent else "other ranks did not"
-        self._end(WorkerDiedError(f"{self._name(rank)} left the others in step {number}, and {others}: {what}"))
+        self._end(WorkerDiedError(f"{self._name(first_rank)} left the others in step {number}, and {others}: {what}"))
 
     def _name(self, rank: int, *details: str) -> str:
         return self._layout.describe_rank(rank, *details)

@@ -52,6 +52,25 @@ class FaultyWorker(Worker):
         super().execute_model(step)
 
 
+class WorkerAskedAhead(FaultyWorker):
+    """It is sent a step before the one before has ended, as any other worker."""
+
+    num_unchecked_tokens = Worker.num_unchecked_tokens
+
+    def sample_tokens(self, masks=None):
+        if self.has_fault("raise, then hang"):
+            self.fault = "hang"  # as one that waits for the others in the next step
+            time.sleep(1)  # until that is here
+            raise ValueError("forced")
+        return super().sample_tokens(masks)
+
+
+class ExecutorAhead(MultiprocExecutor):
+    """Its workers are those."""
+
+    worker_target = "rank_faults:WorkerAskedAhead"
+
+
 class FaultyExecutor(MultiprocExecutor):
     """Its workers go wrong."""
 

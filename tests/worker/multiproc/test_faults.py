@@ -103,6 +103,16 @@ def test_a_step_that_fails_on_one_rank_alone_ends_the_engine(start: Callable[...
     assert_nothing_runs(pids)
 
 
+def test_a_rank_that_cannot_answer_any_more_is_the_one_that_is_named(start: Callable[..., LLM]) -> None:
+    """It left the others in one step, and waits for them in the next."""
+    engine = start(executor="rank_faults:ExecutorAhead", step_timeout=4)
+    pids = engine.engine_core.executor.pids  # type: ignore[attr-defined]
+    set_fault(engine, "raise, then hang", 1)
+    with pytest.raises(WorkerDiedError, match=r"^rank 1 left the others in step \d+, and .*: ValueError: forced$"):
+        engine.generate([PROMPT] * 3, GREEDY)
+    assert_nothing_runs(pids)
+
+
 def test_a_plugin_that_hangs_on_every_rank_is_replaced(start: Callable[..., LLM], tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(ENDLESS)
     engine = start(logits_processors=["endless:Endless"], step_timeout=8)
