@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -53,7 +54,8 @@ class StepMasks(NamedTuple):
 class StructuredOutputManager:
     """Owns the grammars of an engine core. Called by its thread; compiling and filling masks have threads of their own.
 
-    ``allocate_block`` makes the block (rows, words) that masks are written to: memory from which the workers can copy.
+    ``allocate_block`` makes a block (rows, words) that masks are written to: memory from which the workers can copy.
+    They may do so until the step is read, so that every step in flight has a block of its own.
     """
 
     def __init__(self, config: EngineConfig, allocate_block: Callable[[int, int], NDArray[np.int32]]) -> None:
@@ -64,7 +66,8 @@ class StructuredOutputManager:
         num_drafts = 0 if config.speculation is None else config.speculation.num_speculative_tokens
         shape = (config.scheduler.max_num_seqs * (1 + num_drafts), -(-config.model.vocab_size // 32))
         self._allocate_block = partial(allocate_block, *shape)
-        self._block: NDArray[np.int32] | None = None
+        self._blocks: deque[NDArray[np.int32]] = deque()  # the one that was written to longest ago first
+        self._max_in_flight = config.parallel.max_in_flight_steps
         self._vocab_size = config.model.vocab_size
         self._waiting: list[tuple[EngineCoreRequest, Future[CompiledGrammar]]] = []  # in order of arrival
         self._requests: list[Request] = []
@@ -194,15 +197,15 @@ class StructuredOutputManager:
         if self._filler is None:
             self._filler = MaskFiller(self._compiler.get_backend(), _MASK_TIME_LIMIT_S)
         num_lost = self._filler.num_lost_threads
-        if self._block is None:
-            self._block = self._allocate_block()
-        bits = self._block[:num_rows]
+        block = self._blocks.popleft() if len(self._blocks) == self._max_in_flight else self._allocate_block()
+        bits = block[:num_rows]
         bits.fill(-1)
         failures = self._filler.fill_masks(mask_requests, bits)
         if self._filler.num_lost_threads > num_lost:
             # A call that hangs may write again at any time: it keeps the block, and what is right is copied.
             bits = bits.copy()
-            self._block = None
+        else:
+            self._blocks.append(block)
         failed: list[Request] = []
         for index, reason in failures.items():
             request: Request = requests[owners[index]]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quire import LLM
+from quire import LLM, SamplingParams, StructuredOutputsParams
 from quire.core.errors import RequestFailedError, WorkerDiedError
 
 from .test_executor import GREEDY, PROMPTS, assert_served, open_on_two, pids, set_fault
@@ -41,6 +41,21 @@ def test_tokens_are_those_of_the_whole_model(two: LLM, reference: Any) -> None:
     call = two.engine_core.control.call_method
     workers = call("collective_rpc", {"method": "describe_worker", "arguments": {}})
     assert [(worker["rank"], worker["stage"]) for worker in workers] == [(0, 0), (1, 1)]
+
+
+def test_each_step_in_flight_has_masks_of_its_own(tiny: Path, llm: LLM) -> None:
+    """The last stage reads those of a step when the first one works on the next already."""
+    params = [
+        SamplingParams(temperature=1, seed=4, max_tokens=40, structured_outputs=StructuredOutputsParams(regex=pattern))
+        for pattern in ("[a-c]{20}", "[d-f]{16}", "[0-4]{12}", "(xy|zw){8}", "[5-9]{14}")
+    ]
+    prompts = [f"{number} b c" for number in range(len(params))]
+    expected = [output.outputs[0].text for output in llm.generate(prompts, params)]
+    engine = LLM(str(tiny), device="cpu", cpu_threads=1, max_model_len=256, pipeline_parallel_size=2)
+    try:
+        assert [output.outputs[0].text for output in engine.generate(prompts, params)] == expected
+    finally:
+        engine.shutdown()
 
 
 def test_rows_of_aborted_requests_are_used_again(two: LLM, reference: Any) -> None:
