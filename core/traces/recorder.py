@@ -61,6 +61,9 @@ def choose_recording_path(path: str) -> Path:
     wanted = Path(path).expanduser()
     if not wanted.parent.is_dir():
         raise ConfigError(f"--record {path}: there is no folder {wanted.parent}; make it, or name another file")
+    if wanted.exists() and not wanted.is_file():
+        what = "a folder; name a file in it" if wanted.is_dir() else "no regular file; name another"
+        raise ConfigError(f"--record {path}: it is {what}")
     chosen, number = wanted, 0
     stem, suffixes = wanted.name.partition(".")[0], "".join(wanted.suffixes)
     while chosen.exists():

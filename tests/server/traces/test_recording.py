@@ -121,6 +121,11 @@ def test_no_recording_is_overwritten_and_a_bad_path_is_refused(tmp_path):
     assert choose_recording_path(str(tmp_path / "a.jsonl.zst")).name == "a.2.jsonl.zst"
     with pytest.raises(ConfigError, match="there is no folder"):
         choose_recording_path(str(tmp_path / "missing" / "a"))
+    with pytest.raises(ConfigError, match="it is a folder; name a file in it"):
+        choose_recording_path(str(tmp_path))
+    with pytest.raises(ConfigError, match="it is no regular file"):
+        choose_recording_path("/dev/null")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.1.jsonl.zst", "a.jsonl.zst"]
     with pytest.raises(ConfigError, match="--record FILE"):
         LLM(model="quire-tiny", device="cpu", record_prompts=True)
 
