@@ -187,7 +187,9 @@ def _run_replay(args: argparse.Namespace) -> int:
     fallback = resolve_spec("policy", "fcfs", plugins)
     allocator = plugins.load_class(plugins.resolve_plugin("kv", "auto", {"device": "cpu"}, announce=False))
     num_equal = 0
-    for outcome in replay_recording(recording, policy.make(), fallback.make(), allocator):
+    for outcome in replay_recording(
+        recording, policy.make(), fallback.make(), allocator, follow_switches=args.policy is None
+    ):
         if isinstance(outcome, PlanDifference):
             print(f"{recording.name}: {num_equal} steps are equal, then {policy.name} plans something else; {outcome}")
             return 1

@@ -74,16 +74,19 @@ def replay_recording(
     policy: BatchingPolicy,
     fallback: BatchingPolicy,
     allocator_class: type[KVAllocator],
+    *,
+    follow_switches: bool = True,
 ) -> Iterator[PlanDifference | int]:
     """The number of each step that was planned as recorded; or, last, where a plan differs. Raises ``ConfigError`` for
-    a recording that cannot be replayed."""
+    a recording that cannot be replayed. ``follow_switches``: switch to other policies where the server was told to;
+    else ``policy`` plans to the end."""
     adapters = {each.adapter for each in recording.records if isinstance(each, ArrivalRecord) and each.adapter}
     if adapters:
         raise ConfigError(
             f"{recording.name}: requests have adapters ({', '.join(sorted(adapters)[:3])}), and when those were loaded "
             f"is not recorded, so plans cannot be replayed; quire simulate takes the recording as requests of the base"
         )
-    return _Replay(recording, policy, fallback, allocator_class).run()
+    return _Replay(recording, policy, fallback, allocator_class, follow_switches).run()
 
 
 class _Replay:
@@ -93,8 +96,9 @@ class _Replay:
         policy: BatchingPolicy,
         fallback: BatchingPolicy,
         allocator_class: type[KVAllocator],
+        follow_switches: bool,
     ) -> None:
-        self._recording = recording
+        self._recording, self._follow_switches = recording, follow_switches
         engine = recording.header.engine
         self._block_size = int(engine["block_size"])
         self._clock = ReplayedClock(recording.header.origin_ns)
@@ -142,7 +146,8 @@ class _Replay:
             elif isinstance(record, DoneRecord):
                 self._finish_step(record)
             elif isinstance(record, PolicyRecord):
-                self._replace_policy(record)
+                if self._follow_switches:
+                    self._replace_policy(record)
             elif isinstance(record, FailRecord):
                 step = self._steps.pop()[0] if record.retracted else self._steps.popleft()[0]
                 if record.retracted:

@@ -36,8 +36,8 @@ def make_policy(target):
     return cls(parse_options(cls, {}))
 
 
-def replay(recording, policy):
-    return list(replay_recording(recording, policy, FCFSPolicy(), PagedAllocator))
+def replay(recording, policy, **options):
+    return list(replay_recording(recording, policy, FCFSPolicy(), PagedAllocator, **options))
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,11 @@ def test_a_replay_switches_the_policy_where_the_server_did(tiny, tmp_path):
     steps = [record.step for record in recording.records if isinstance(record, StepRecord) and record.step >= 0]
     assert replay(recording, make_policy(bundled_policies()["sjf"])) == steps
     assert [record.name for record in recording.records if isinstance(record, PolicyRecord)] == ["fair_share"]
+    # A policy that is asked for takes the place of all that were recorded: it plans beyond the switch as well.
+    switch = next(i for i, record in enumerate(recording.records) if isinstance(record, PolicyRecord))
+    first = next(r.step for r in recording.records[switch:] if isinstance(r, StepRecord) and r.step >= 0)
+    *equal, difference = replay(recording, make_policy(bundled_policies()["sjf"]), follow_switches=False)
+    assert isinstance(difference, PlanDifference) and difference.step >= first and len(equal) >= first
 
 
 def test_a_replay_with_drafts_is_given_the_recorded_step_times(tiny, tmp_path):
