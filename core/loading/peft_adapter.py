@@ -6,14 +6,13 @@ that of ``peft.LoraConfig`` and ``PeftModel.save_pretrained``.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ __all__ = ["LoraWeights", "PeftAdapter", "PeftConfig", "compute_content_hash", "
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_CONFIG_BYTES = 1 << 20
 _NO_LINEAR_LAYERS = ("embed_tokens", "lm_head")
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -160,10 +159,10 @@ def read_adapter(
         raise CheckpointError(
             f"adapter {str(path)!r} is not plain LoRA ({unsupported}); train it without, or merge it into its base"
         )
-    tensors = _read_weights(folder)
-    if compute_content_hash(folder) != found_hash:
-        raise CheckpointError(f"the files of adapter {str(path)!r} changed while they were read; load it again")
     try:
+        tensors = _read_weights(folder)
+        if compute_content_hash(folder) != found_hash:
+            raise CheckpointError("its files changed while they were read; load it again")
         modules = _pair_tensors(config, tensors, max_rank, module_shapes, dtype)
     except CheckpointError as error:
         base = config.base_model_name_or_path
@@ -179,8 +178,7 @@ def compute_content_hash(path: str | Path) -> str:
         try:
             with _open_file(folder / name) as file:
                 if name == WEIGHTS_NAME:
-                    with _open_weights(folder):
-                        pass  # its header has been checked against its length: what is hashed is what it says
+                    _check_header(folder)  # against its length: what is hashed is what it says
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         except OSError as error:
             raise CheckpointError(f"adapter {str(path)!r} {_explain_unreadable(folder, name, error)}") from None
@@ -229,16 +227,45 @@ def _read_config(folder: Path) -> PeftConfig:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    with _open_weights(folder) as file:
-        # One by one, so that no other thread waits for long; copies, which later writes to the file do not reach.
-        return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
-
-
-@contextlib.contextmanager
-def _open_weights(folder: Path) -> Iterator[Any]:
+    """Reads tensor by tensor, so that no other thread waits for long, and without ``safe_open``'s ``get_tensor``, which
+    keeps some memory for ever (safetensors 0.8)."""
     try:
-        with safe_open(folder / WEIGHTS_NAME, framework="pt", device="cpu") as file:
-            yield file
+        _check_header(folder)
+        with _open_file(folder / WEIGHTS_NAME) as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = msgspec.json.decode(file.read(header_size), type=dict[str, msgspec.Raw])
+            header.pop("__metadata__", None)
+            return {key: _read_tensor(file, 8 + header_size, key, stored) for key, stored in header.items()}
+    except (OSError, msgspec.MsgspecError) as error:  # it has changed since its header was checked
+        raise CheckpointError(f"{folder / WEIGHTS_NAME} cannot be read: {error}; load it again") from None
+
+
+class _StoredTensor(msgspec.Struct):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+def _read_tensor(file: io.BufferedReader, data_start: int, key: str, raw: msgspec.Raw) -> Tensor:
+    stored = msgspec.json.decode(raw, type=_StoredTensor)
+    dtype = _DTYPES.get(stored.dtype)
+    if dtype is None:
+        raise CheckpointError(f"its tensor {key!r} is stored as {stored.dtype}; save it as 32 or 16-bit floats")
+    begin, end = stored.data_offsets
+    data = torch.empty(end - begin, dtype=torch.uint8)
+    file.seek(data_start + begin)
+    if file.readinto(data.numpy().data) != len(data):
+        raise OSError("it ends too soon")
+    return data.view(dtype).view(stored.shape)
+
+
+def _check_header(folder: Path) -> None:
+    """Raise ``CheckpointError`` where the header of the weights is none, or does not fit the file's length."""
+    try:
+        with safe_open(folder / WEIGHTS_NAME, framework="pt", device="cpu"):
+            pass
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -320,8 +347,6 @@ def _check_pair(
                 f"lora_{matrix} of {module!r} has shape {list(tensor.shape)}, not {list(expected)}; it is not an "
                 f"adapter of this model"
             )
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"lora_{matrix} of {module!r} is {tensor.dtype}; save it as 32 or 16-bit floats")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"lora_{matrix} of {module!r} has infinite or undefined numbers; train it again")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,33 @@ def test_the_hash_is_of_the_content(adapter: Path, tmp_path: Path) -> None:
         read_adapter(adapter, max_rank=4, content_hash=first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_dtype_of_peft_is_read_bit_by_bit(adapter: Path, dtype: torch.dtype) -> None:
+    file = adapter / "adapter_model.safetensors"
+    stored = {key: tensor.to(dtype) for key, tensor in load_file(file).items()}
+    save_file(stored, file, {"format": "pt", "shape": "of a kind", "dtype": "none"})
+    for name, weights in read_adapter(adapter, max_rank=4).modules.items():
+        for matrix, tensor in (("A", weights.a), ("B", weights.b)):
+            expected = stored[f"base_model.model.{name}.lora_{matrix}.weight"]
+            assert tensor.dtype == dtype and torch.equal(tensor, expected)
+
+
+def test_reading_leaves_nothing_behind(adapter: Path) -> None:
+    """Adapters come and go for as long as a server runs."""
+    read_adapter(adapter, max_rank=4)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.take_snapshot()
+        for _ in range(20):
+            read_adapter(adapter, max_rank=4)
+        gc.collect()
+        left = tracemalloc.take_snapshot().compare_to(before, "lineno")
+    finally:
+        tracemalloc.stop()
+    of_reader = [each for each in left if each.traceback[0].filename.endswith("peft_adapter.py")]
+    assert sum(each.size_diff for each in of_reader) < 20 * 1000, of_reader[:3]
+
+
 def test_weights_take_the_dtype_that_is_asked_for(adapter: Path) -> None:
     read = read_adapter(adapter, max_rank=4, dtype=torch.bfloat16)
     assert {tensor.dtype for each in read.modules.values() for tensor in (each.a, each.b)} == {torch.bfloat16}
@@ -192,7 +221,10 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4)}), r"lora_A of .*q_proj' has shape \[4\]"),
         (lambda t: t.pop(f"{KEY}.lora_B.weight"), "only one of lora_A and lora_B"),
         (lambda t: t[f"{KEY}.lora_B.weight"].fill_(float("nan")), "infinite or undefined"),
-        (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 64, dtype=torch.int8)}), "int8"),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 64, dtype=torch.int8)}),
+            "is stored as I8; save it as 32 or",
+        ),
         (lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(64)}), "lora_magnitude_vector"),
         (lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 320)}), "embed"),
         (
