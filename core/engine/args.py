@@ -260,7 +260,7 @@ class EngineArgs:
     speculative_draft_tensor_parallel_size: int | None = setting(
         None,
         group="speculation",
-        help="GPUs to split the draft model over: 1, or as many as the target, the default where its heads divide",
+        help="GPUs to split the draft model over: 1, or as many as the target, the default where they divide it",
         metavar="N",
     )
     speculative_config: str | Mapping[str, Any] | None = setting(

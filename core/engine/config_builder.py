@@ -210,6 +210,8 @@ def _build_parallel_config(args: EngineArgs, device: str, hf_config: Any) -> Par
     """Raises ``ConfigError`` where there are too few GPUs, or where ranks cannot share the model evenly."""
     import torch
 
+    from quire.core.loading.hf_config import can_share_heads, can_share_mlp
+
     size, num_stages = args.tensor_parallel_size, args.pipeline_parallel_size
     is_here = args.executor != "ray"  # otherwise other hosts have GPUs as well, which the executor counts
     if is_here and device == "cuda" and size * num_stages > (num_gpus := torch.cuda.device_count()):
@@ -227,13 +229,13 @@ def _build_parallel_config(args: EngineArgs, device: str, hf_config: Any) -> Par
         )
     heads = int(getattr(text_config, "num_attention_heads", 0))
     kv_heads = int(getattr(text_config, "num_key_value_heads", None) or heads)
-    if heads and size > 1:
-        sizes = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-        if size not in sizes:
-            raise ConfigError(
-                f"tensor_parallel_size {size} does not divide the {heads} attention heads and {kv_heads} KV heads of "
-                f"{args.model}; give {', '.join(map(str, sizes))}"
-            )
+    if not can_share_heads(text_config, size):
+        # A model may do without such an MLP, so that the layer refuses what does not divide it.
+        sizes = [n for n in range(1, heads + 1) if can_share_heads(text_config, n) and can_share_mlp(text_config, n)]
+        raise ConfigError(
+            f"tensor_parallel_size {size} does not divide the {heads} attention heads and {kv_heads} KV heads of "
+            f"{args.model}; give {', '.join(map(str, sizes))}"
+        )
     return ParallelConfig(size, num_stages, args.all_reduce)  # type: ignore[arg-type]  # one of its choices, as checked
 
 

@@ -129,11 +129,11 @@ def build_speculation_config(
 
 
 def _can_share(draft_config: Any, size: int) -> bool:
-    """Whether ``size`` ranks can share the draft's attention heads, as far as its ``config.json`` says how many."""
+    """Whether ``size`` ranks can share the draft's layers, as far as its ``config.json`` says."""
+    from quire.core.loading.hf_config import can_share_heads, can_share_mlp
+
     config = None if draft_config is None else draft_config.get_text_config()
-    num_heads = getattr(config, "num_attention_heads", None) or size
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    return num_heads % size == 0 and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
+    return can_share_heads(config, size) and can_share_mlp(config, size)
 
 
 def _build_section(

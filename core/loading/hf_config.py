@@ -10,7 +10,14 @@ from typing import Any
 
 from quire.core.errors import CheckpointError
 
-__all__ = ["PlainConfig", "get_architecture", "get_context_length", "read_hf_config"]
+__all__ = [
+    "PlainConfig",
+    "can_share_heads",
+    "can_share_mlp",
+    "get_architecture",
+    "get_context_length",
+    "read_hf_config",
+]
 
 _SIZE_FIELDS = (
     "hidden_size",
@@ -160,6 +167,19 @@ def get_context_length(hf_config: Any) -> int:
     if kind == "yarn":
         return max(trained, int(rope.get("original_max_position_embeddings", trained) * factor))
     return trained
+
+
+def can_share_heads(text_config: Any, size: int) -> bool:
+    """Whether ``size`` ranks can share the attention heads evenly, each with whole KV heads; true where the
+    configuration does not say how many there are."""
+    num_heads = int(getattr(text_config, "num_attention_heads", None) or size)
+    num_kv_heads = int(getattr(text_config, "num_key_value_heads", None) or num_heads)
+    return num_heads % size == 0 and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
+
+
+def can_share_mlp(text_config: Any, size: int) -> bool:
+    """The same of the features between the projections of an MLP."""
+    return int(getattr(text_config, "intermediate_size", None) or 0) % size == 0
 
 
 def _find_other_quantization(raw: dict[str, Any], path: Path) -> dict[str, Any] | None:

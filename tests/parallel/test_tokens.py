@@ -129,9 +129,12 @@ def test_a_draft_may_be_whole_on_every_rank(folders, expected, proposer: str) ->
         assert draft.shape[0] in (323, 64), "not a half of the embedding, nor of the fused hidden states"
 
 
-def test_a_draft_whose_heads_do_not_divide_is_whole(folders, expected, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "sizes", [{"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48}, {"intermediate_size": 97}]
+)
+def test_a_draft_that_does_not_divide_is_whole(folders, expected, tmp_path, sizes: dict[str, int]) -> None:
     """Where nothing is said, and refused by name where it is."""
-    draft = make_tiny_model("llama", tmp_path / "draft", num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
+    draft = make_tiny_model("llama", tmp_path / "draft", **sizes)
     settings = {"tensor_parallel_size": 2, "speculative_model": str(draft)}
     with open_engine(folders, "llama", **settings, executor=EXECUTOR) as llm:
         assert llm.config.speculation.draft_tensor_parallel_size == 1

@@ -169,6 +169,14 @@ def test_what_cannot_be_is_refused_at_once(tiny: Path, arguments: dict[str, Any]
         LLM(model=str(tiny), device="cpu", **arguments)
 
 
+def test_sizes_that_are_offered_divide_the_mlp_too() -> None:
+    """Six ranks could share the heads, and not the 1,024 features between."""
+    with pytest.raises(
+        ConfigError, match=r"does not divide the 6 attention heads and 2 KV heads of quire-tiny; give 1, 2$"
+    ):
+        LLM(model="quire-tiny", device="cpu", tensor_parallel_size=5)
+
+
 @pytest.mark.parametrize(
     ("sizes", "num_gpus", "message"),
     [
