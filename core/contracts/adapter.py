@@ -72,6 +72,18 @@ class AdapterLayer(ABC):
         products, where a layer's own kernel may do the second and add it, in place of ``apply``. None: ``apply``."""
         return None
 
+    def adds_to_partial(self, num_tokens: int) -> bool:
+        """Whether ``add_to_partial`` is offered for the next step, of so many tokens."""
+        return False
+
+    def add_to_partial(
+        self, x: Tensor, partial: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    ) -> Tensor:
+        """The layer's output with what adapters make of ``x`` (num_tokens, in_features), dense, from the partial sums
+        that ``LinearMethod.apply_partial`` returned of the same ``x`` as the last kernel before; then ``bias``, and
+        ``activation`` and ``residual``, dense, as in ``apply_fused``."""
+        raise NotImplementedError
+
     # For methods that multiply by a matrix of few rows first: the layer's own product may do that for every slot, if
     # the rows lie behind its weight's. Methods that do not want it leave these as they are.
 

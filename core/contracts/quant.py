@@ -117,9 +117,9 @@ class ShrinkInProduct:
     a: Tensor
     """(slots, parts, max_rank, in_features)."""
     words: Tensor
-    """int64: what programs hand to each other. All layers of a stream may share it, and ``state``."""
-    state: Tensor
-    """(2,) int32, zero at first."""
+    """int64: what programs hand to each other. All layers of a stream may share it."""
+    number: Tensor
+    """(1,) int32, other than in any launch before that used ``words``."""
     segments: Tensor
     """(3, max_segments) int32: of tokens of one adapter each, the slot, the first sorted token and the number of them,
     16 at most. Those of one adapter follow each other."""
@@ -175,14 +175,14 @@ class LowRankShrink:
     launch: Callable[[Tensor, tuple[Tensor, float] | None], LowRankTerm]
     """Launches it: of the layer's input (num_tokens, in_features), and the norm before it or None. With a norm (weight
     and epsilon), ``v`` lacks the division by the root of the mean square, as ``W (g * x)``."""
-    in_product: LowRankTerm | None = None
-    """For kernels that can do it themselves, in place of ``launch``."""
+    describe_in_product: Callable[[], LowRankTerm] | None = None
+    """For kernels that can do it themselves, in place of ``launch``, and likewise once a launch."""
     formats: Collection[str] = ()
     """Of weights whose kernels shall, as launch tables name them: ``bf16``, ``fp8``, ``int8``, ``w4a16``."""
 
     def get_in_product(self, weight_format: str) -> LowRankTerm | None:
         """For a kernel that can do it itself; None: ``launch`` it."""
-        return self.in_product if weight_format in self.formats else None
+        return self.describe_in_product() if self.describe_in_product and weight_format in self.formats else None
 
 
 class LinearMethod(ABC):
@@ -273,6 +273,16 @@ class LinearMethod(ABC):
         offered for so many tokens: then the caller adds it behind the layer. Calls ``shrink`` once, or not at all.
 
         Rows of tokens without an adapter have the bits of ``apply_fused``.
+        """
+        return None
+
+    def apply_partial(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The product without its bias as partial sums, for an operation behind it to add up and go on from: (splits,
+        num_tokens, out_features), float32; a single one may be in the dtype of ``x``. None where that is not offered
+        for so many tokens.
+
+        The kernel behind it may start, where the GPU has programmatic dependent launch, as soon as this one's programs
+        run and ``x`` is whole: it reads ``x`` without a wait of its own.
         """
         return None
 

@@ -119,9 +119,7 @@ class AdaptedLinearMethod(LinearMethod):
         """``inner``'s product, and the adapters'."""
         if not self._adapters.is_active:
             return self.inner.apply(layer, x, bias)
-        out = self._apply_in_product(layer, x, bias)
-        if out is None:
-            out = self._apply_appended(layer, x, bias)
+        out = self._apply_with_adapters(layer, x, bias)
         if out is None:
             out = self.inner.apply(layer, x, bias)
             self._adapter_layer.apply(get_native_activation(x), out)
@@ -142,9 +140,7 @@ class AdaptedLinearMethod(LinearMethod):
         if not self._adapters.is_active:
             return self.inner.apply_fused(layer, x, bias, norm=norm, activation=activation, residual=residual)
         neighbours: dict[str, Any] = {"norm": norm, "activation": activation, "residual": residual}
-        out = self._apply_in_product(layer, x, bias, **neighbours)
-        if out is None:
-            out = self._apply_appended(layer, x, bias, **neighbours)
+        out = self._apply_with_adapters(layer, x, bias, **neighbours)
         if out is not None or activation is not None:
             return out
         out = self.inner.apply_fused(layer, x, bias, norm=norm, residual=residual)
@@ -157,6 +153,15 @@ class AdaptedLinearMethod(LinearMethod):
         else:
             self._adapter_layer.apply_after_norm(get_native_activation(x), norm, out)
         return out
+
+    def _apply_with_adapters(
+        self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None, **neighbours: Any
+    ) -> Tensor | None:
+        """In the product, or behind it with a part of what is done there in any case; None: behind its result."""
+        out = self._apply_in_product(layer, x, bias, **neighbours)
+        if out is None:
+            out = self._apply_appended(layer, x, bias, **neighbours)
+        return self._apply_partial(layer, x, bias, **neighbours) if out is None else out
 
     def _apply_in_product(
         self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None, **neighbours: Any
@@ -200,6 +205,27 @@ class AdaptedLinearMethod(LinearMethod):
         if wide is None:
             return None
         return self._adapter_layer.add_appended(wide, activation, None if residual is None else residual.contiguous())
+
+    def _apply_partial(
+        self,
+        layer: nn.Module,
+        x: Tensor | QuantActivation,
+        bias: Tensor | None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """The product's partial sums, and the adapters' products where they are added up; None where that is not
+        done."""
+        native = get_native_activation(x)
+        if norm is not None or not self._adapter_layer.adds_to_partial(native.shape[0]):
+            return None
+        partial = self.inner.apply_partial(layer, native)
+        if partial is None:
+            return None
+        residual = None if residual is None else residual.contiguous()
+        return self._adapter_layer.add_to_partial(native, partial, bias, activation, residual)
 
     def _multiply_appended(
         self,

@@ -188,6 +188,14 @@ class DeferredLinear(LinearMethod):
             return self._dense_method.apply_fused(layer, x, bias, norm=norm, activation=activation, residual=residual)
         return self.multiply(layer, x, bias, norm, activation, residual)
 
+    def multiply_partial(self, x: Tensor) -> Tensor | None:
+        """``apply_partial`` by the scheme's kernel."""
+        return None
+
+    def apply_partial(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """What the kernel offers."""
+        return None if self._dense_method is not None else self.multiply_partial(x)
+
     def apply_with_adapters(
         self,
         layer: nn.Module,

@@ -147,6 +147,10 @@ class GroupedLinear(DeferredLinear):
             x, self._packed, bias, norm=norm, activation=activation, residual=residual, adapters=adapters
         )
 
+    def multiply_partial(self, x: Tensor) -> Tensor | None:
+        """By the int4 kernels, for inputs in their order."""
+        return None if self._perm is not None else self._kernels.multiply_partial(x, self._packed)
+
     def _register(self, layer: nn.Module, info: LayerInfo, weights: GroupedWeights) -> None:
         self._packed = self._pack(weights)
         if self._packed is None:

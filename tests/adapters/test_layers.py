@@ -98,6 +98,29 @@ class AppendingLinear(UnquantizedLinear):
         return out
 
 
+class SummingLinear(UnquantizedLinear):
+    """Leaves partial sums over the halves of its inputs."""
+
+    num_partial = 0
+
+    def apply_partial(self, layer, x):
+        self.num_partial += 1
+        halves = zip(x.chunk(2, 1), layer.weight.chunk(2, 1), strict=True)
+        return torch.stack([half @ weight.T for half, weight in halves])
+
+
+class SummingLora(Lora):
+    """Adds to partial sums by its kernel, in Triton's interpreter."""
+
+    def make_layer(self, info: LayerInfo, rank: int, world_size: int) -> LoraLayer:
+        layer = super().make_layer(info, rank, world_size)
+        layer.adds_to_partial = lambda num_tokens: True
+        return layer
+
+    def prepare_metadata(self, token_slots, *, is_captured=False):
+        super().prepare_metadata(token_slots, is_captured=True)
+
+
 class ShrinkingLora(Lora):
     """Launches the first product by its kernel, in Triton's interpreter."""
 
@@ -124,7 +147,7 @@ class Layers:
         self, path: Path, method_class: type[UnquantizedLinear], parallel: TensorParallel | None = None
     ) -> None:
         parallel = parallel or TensorParallel()
-        adapters = ShrinkingLora if method_class is AddingLinear else Lora
+        adapters = {AddingLinear: ShrinkingLora, SummingLinear: SummingLora}.get(method_class, Lora)
         options = Lora.Options(append_to_weight=method_class is AppendingLinear)
         self.method = adapters(AdapterLimits(2, 16, 16, torch.float32, CPU), options)
         self.adapters = ModelAdapters(self.method)
@@ -168,7 +191,7 @@ class Layers:
 
 
 @pytest.mark.parametrize(
-    "method_class", [UnquantizedLinear, FusedLinear, AddingLinear, EightBitLinear, AppendingLinear]
+    "method_class", [UnquantizedLinear, FusedLinear, AddingLinear, SummingLinear, EightBitLinear, AppendingLinear]
 )
 @pytest.mark.parametrize("slots", [SLOTS, [1] * NUM_TOKENS, [-1] * NUM_TOKENS], ids=["mixed", "one", "none"])
 def test_every_entrance_adds_the_adapters(tmp_path: Path, method_class, slots: list[int]) -> None:
@@ -195,6 +218,9 @@ def test_every_entrance_adds_the_adapters(tmp_path: Path, method_class, slots: l
     if method_class is AppendingLinear:
         assert layers.gate_up.method.inner.num_appended == (0 if max(slots) < 0 else 4)
         assert layers.down.method.inner.num_appended == (0 if max(slots) < 0 else 3)
+    if method_class is SummingLinear:
+        assert layers.gate_up.method.inner.num_partial == (0 if max(slots) < 0 else 4)
+        assert layers.down.method.inner.num_partial == (0 if max(slots) < 0 else 3)
     if method_class is AddingLinear:  # both entrances of either layer, the activation function in one of them
         assert layers.gate_up.method.inner.num_fused == (0 if max(slots) < 0 else 4)
         assert layers.down.method.inner.num_fused == (0 if max(slots) < 0 else 3)

@@ -17,10 +17,11 @@ from quire.core.ops.kernels.rope_kernel import launch_rope_and_cache
 from quire.plugins.adapters.lora.appended_kernels import launch_add_appended, launch_add_appended_and_norm
 from quire.plugins.adapters.lora.batch import AdapterBatch
 from quire.plugins.adapters.lora.kernels import launch_lora
+from quire.plugins.adapters.lora.partial_kernels import launch_add_to_partial
 from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
 from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
 from quire.plugins.quant.kernels.int4 import IntWeights
-from quire.plugins.quant.kernels.int4_launch import launch_int4_gemm_small_m
+from quire.plugins.quant.kernels.int4_launch import PARTIAL_LAUNCHERS, launch_int4_gemm_small_m
 from quire.sdk import ActivationFormat, AdapterLimits, AppendedTerm, LowRankTerm
 
 __all__ = ["ADAPTERS"]
@@ -72,9 +73,29 @@ def product(
         torch.empty(8, parts, dtype=torch.int32),
         batch.slots,
         part_sizes,
-        batch.describe_shrink(a) if shrinks else None,
+        batch.describe_shrink(a, 0) if shrinks else None,
     )
     kernel(x, weight, None, out, gated=gated, residual=out, adapters=term, enable_pdl=True, **options)
+
+
+def partial_sums(
+    kernel: str, num_tokens: int, part_sizes: tuple[int, ...], inputs: int, num_slots: int, *, max_rank: int = 16,
+    gated: bool = False, residual: bool = False, half: bool = False, **options: Any,
+) -> None:  # fmt: skip
+    """An int4 layer's partial sums, and what adds adapters to them, with PDL where the target has it."""
+    features, parts, dtype = sum(part_sizes), len(part_sizes), torch.float16 if half else torch.bfloat16
+    words = torch.empty(features // 16, inputs // 128, 256, dtype=torch.int32)
+    weight = IntWeights(words, words[:, :, :16].contiguous(), features, inputs, 128, 4)
+    x = torch.empty(num_tokens, inputs, dtype=dtype)
+    batch = AdapterBatch(AdapterLimits(64, max_rank, 4096, dtype, torch.device("cpu")))
+    token_slots = np.arange(num_tokens, dtype=np.int32) % num_slots
+    batch.update(token_slots, is_captured=True)
+    batch.tiles.update(token_slots, num_slots)
+    a, b = torch.empty(64, parts, max_rank, inputs, dtype=dtype), torch.empty(64, max_rank, features, dtype=dtype)
+    ranks, shrink = torch.empty(64, parts, dtype=torch.int32), batch.describe_shrink(a, 0)
+    term = LowRankTerm(None, b, ranks, batch.slots, part_sizes, shrink)
+    sums = PARTIAL_LAUNCHERS[kernel](x, weight, None, None, enable_pdl=True, **options)
+    launch_add_to_partial(x, sums, None, term, batch, gated=gated, residual=x[:, :features] if residual else None)
 
 
 def appended(
@@ -155,6 +176,22 @@ ADAPTERS = {
     "int4-small-m-8-shrinks": partial(
         product, launch_int4_gemm_small_m, 8, _GATE_UP, 4096, gated=True, shrinks=True,
         block_m=8, tiles=4, slice_k=2, num_stages=3, unroll_k=2,
+    ),
+    "partial-sums-medium-m": partial(
+        partial_sums, "gemm_medium_m", 32, _QKV, 4096, 64,
+        block_m=32, tiles=4, split_k=4, scale_weights=0, num_warps=4, num_stages=4,
+    ),
+    "partial-sums-hopper-down": partial(
+        partial_sums, "gemm_hopper", 64, (4096,), 14336, 1, residual=True,
+        block_m=64, tiles=4, split_k=4, num_consumers=1, num_warps=4, num_stages=4,
+    ),
+    "partial-sums-hopper-gated": partial(
+        partial_sums, "gemm_hopper", 64, _GATE_UP, 4096, 1, gated=True,
+        block_m=64, tiles=8, split_k=1, num_consumers=1, num_warps=4, num_stages=4,
+    ),
+    "partial-sums-hopper-rank-64": partial(
+        partial_sums, "gemm_hopper", 128, _GATE_UP, 4096, 64, max_rank=64, gated=True, half=True,
+        block_m=128, tiles=8, split_k=1, num_consumers=2, num_warps=4, num_stages=4,
     ),
     "small-m-8-adapters": partial(
         product, launch_gemm_small_m, 8, _QKV, 4096, block_m=8, block_n=16, block_k=64, slice_k=2, num_stages=6

@@ -32,6 +32,7 @@ from quire.core.ops.kernels.shrink_in_product import (
     add_adapters,
     add_shrink,
     find_adapters,
+    load_adapters,
     shrink_segments,
 )
 
@@ -105,7 +106,7 @@ def gemm_small_m_kernel(
     num_live_ptr=None,
     tokens_ptr=None,
     active_ptr=None,
-    state_ptr=None,
+    number_ptr=None,
     in_launch: tl.constexpr = None,
 ):
     """Grid: (features / block_n,), behind the programs that shrink."""
@@ -114,8 +115,8 @@ def gemm_small_m_kernel(
     else:
         if tl.program_id(0) < in_launch[0]:
             shrink_segments(
-                x_ptr, norm_ptr, num_tokens, v_ptr, a_ptr, ranks_ptr, segments_ptr, num_live_ptr, tokens_ptr, state_ptr,
-                inputs, has_norm, enable_pdl, low_rank, in_launch,
+                x_ptr, norm_ptr, num_tokens, v_ptr, a_ptr, ranks_ptr, segments_ptr, num_live_ptr, tokens_ptr,
+                number_ptr, inputs, has_norm, enable_pdl, low_rank, in_launch,
             )  # fmt: skip
             return
         tile = tl.program_id(0) - in_launch[0]
@@ -125,9 +126,7 @@ def gemm_small_m_kernel(
     mask_m = (offs_m < num_tokens)[None, None, :]
     weights = weight_ptr + offs_n.to(tl.int64)[None, :, None] * inputs + offs_k[:, None, :]
     if in_launch is not None:
-        slots, slot, b = find_adapters(
-            offs_n, num_tokens, b_ptr, ranks_ptr, slots_ptr, active_ptr, features, block_m, low_rank
-        )
+        found = find_adapters(num_tokens, slots_ptr, active_ptr, block_m)
     pdl_wait(enable_pdl)  # x is what the kernel before wrote
     acc = tl.zeros((slice_k, block_n, block_m), dtype=tl.float32)
     squares = tl.zeros((slice_k, block_k, block_m), dtype=tl.float32)  # dropped by the compiler without a norm
@@ -151,10 +150,12 @@ def gemm_small_m_kernel(
             x = (x_f32 * g[:, :, None]).to(x.dtype)
         acc = tl.dot(w, x, acc)
     pdl_launch_dependents(enable_pdl)  # the next kernel's weights may load during the epilogue
+    if in_launch is not None:
+        loaded = load_adapters(found, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, features, low_rank, in_launch, gated)
     y = tl.sum(acc, axis=0)  # (rows, tokens)
     if in_launch is not None:
         y = add_adapters(
-            y, slots, slot, b, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, active_ptr, state_ptr, features,
+            y, loaded, found, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, active_ptr, number_ptr, features,
             low_rank, in_launch, gated,
         )  # fmt: skip
     elif low_rank is not None:

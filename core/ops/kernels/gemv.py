@@ -132,7 +132,7 @@ def gemv_kernel(
     slots_ptr=None,
     low_rank: tl.constexpr = None,
     a_ptr=None,  # where programs of this launch shrink, as in ``shrink_in_product``; v_ptr is then what they write
-    state_ptr=None,
+    number_ptr=None,
     in_launch: tl.constexpr = None,
 ):
     """Grid: (features / block_n / tiles_per_program,), behind the programs that shrink."""
@@ -141,7 +141,7 @@ def gemv_kernel(
     else:
         if tl.program_id(0) < in_launch[0]:
             shrink_rows(
-                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, state_ptr, inputs, has_norm, enable_pdl,
+                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, number_ptr, inputs, has_norm, enable_pdl,
                 low_rank, in_launch,
             )  # fmt: skip
             return
@@ -212,7 +212,7 @@ def gemv_kernel(
                 )
         w = w_next
     if in_launch is not None:
-        term = receive_rows(part_of_row, ranks, b_rows, v_ptr, state_ptr, low_rank, in_launch)
+        term = receive_rows(part_of_row, ranks, b_rows, v_ptr, number_ptr, low_rank, in_launch)
         if has_norm:
             term *= scales[0]  # type: ignore[misc]
         y = tl.reshape(ys, (rows,)) + term
@@ -245,7 +245,7 @@ def gemv_k_loop_kernel(
     slots_ptr=None,
     low_rank: tl.constexpr = None,
     a_ptr=None,  # as of ``gemv_kernel``
-    state_ptr=None,
+    number_ptr=None,
     in_launch: tl.constexpr = None,
 ):
     """Grid: (features / block_n,), behind the programs that shrink. The norm is folded in as in ``gemm_small_m``:
@@ -255,7 +255,7 @@ def gemv_k_loop_kernel(
     else:
         if tl.program_id(0) < in_launch[0]:
             shrink_rows(
-                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, state_ptr, inputs, has_norm, enable_pdl,
+                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, number_ptr, inputs, has_norm, enable_pdl,
                 low_rank, in_launch,
             )  # fmt: skip
             return
@@ -287,7 +287,7 @@ def gemv_k_loop_kernel(
         w = w_next
     y = tl.sum(acc, axis=1)
     if in_launch is not None:
-        y += receive_rows(part_of_row, ranks, b_rows, v_ptr, state_ptr, low_rank, in_launch)
+        y += receive_rows(part_of_row, ranks, b_rows, v_ptr, number_ptr, low_rank, in_launch)
     elif low_rank is not None:
         y += tl.sum(v * b, axis=1)
     if has_norm:

@@ -14,7 +14,6 @@ import triton.language as tl
 from quire.core.ops.kernels.linear_epilogue import Epilogue, find_part
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 from quire.core.ops.kernels.shrink_in_product import (
-    finish_launch,
     mark_words,
     pack_shrink_operands,
     receive_words,
@@ -55,7 +54,7 @@ def shrink_rows(
     a_ptr,  # (slots, parts, max_rank, inputs)
     ranks_ptr,  # (slots, parts)
     slots_ptr,  # (1,)
-    state_ptr,
+    number_ptr,
     inputs: tl.constexpr,
     has_norm: tl.constexpr,
     enable_pdl: tl.constexpr,
@@ -78,7 +77,7 @@ def shrink_rows(
     a = _load_rows(item, slot, inside, a_ptr, ranks_ptr, inputs, low_rank, in_launch)
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
-    launch = tl.load(state_ptr, volatile=True) + 1
+    launch = tl.load(number_ptr, volatile=True)
     for item in range(tl.program_id(0), num_items, programs):
         offs_k = item % splits * split_inputs + inside
         mask_k = (inside < split_inputs) & (offs_k < inputs)
@@ -143,11 +142,11 @@ def receive_rows(
     ranks,  # (parts,)
     b,  # (block_n, block_r)
     words_ptr,  # (splits, parts * max_rank)
-    state_ptr,
+    number_ptr,
     low_rank: tl.constexpr,
     in_launch: tl.constexpr,
 ):
-    """Wait for the token's v: ``B v``, (block_n,) float32. To be called once by each program that does not shrink."""
+    """Wait for the token's v: ``B v``, (block_n,) float32."""
     parts: tl.constexpr = low_rank[0]
     max_rank: tl.constexpr = low_rank[1]
     splits: tl.constexpr = in_launch[1]
@@ -159,9 +158,9 @@ def receive_rows(
     mask = present & (offs_r[None, :] < ranks[:, None])[None, :, :]
     at = (offs_p * max_rank)[:, None] + offs_r[None, :]
     words_at = words_ptr + offs_s[:, None, None] * (parts * max_rank) + at[None, :, :]
-    launch = tl.load(state_ptr, volatile=True) + 1
-    v = tl.sum(receive_words(words_at, present, mask, launch, max_polls), axis=0)  # (parts, block_r)
-    finish_launch(state_ptr, launch, in_launch[0])
+    launch = tl.load(number_ptr, volatile=True)
+    words = tl.load(words_at, mask=present, other=0, volatile=True)
+    v = tl.sum(receive_words(words, words_at, present, mask, launch, max_polls), axis=0)  # (parts, block_r)
     term = tl.zeros((b.shape[0],), dtype=tl.float32)
     for index in tl.static_range(parts):
         v_of_part = tl.sum(tl.where((offs_p == index)[:, None], v, 0.0), axis=0)

@@ -4,15 +4,15 @@ Algorithm: the first programs of the grid multiply A's rows by the layer's input
 meanwhile stream the weights, and add ``B v`` in their epilogue. So A travels beside the weights, and no kernel stands
 before the product. What is handed over are words of 8 bytes, a float32 and the number of the launch (as NCCL's LL
 protocol does): whoever finds the number finds the value, so there is no flag to set behind the values and none to read
-before them. The number is read from memory and counted on by the last of the programs that wait, so that nothing
-depends on the host, and CUDA graphs may be replayed. Partial sums are added in order: no atomics touch a value.
+before them. The number is read from memory, where every forward pass begins with new ones for all layers, so that
+nothing depends on the host, and CUDA graphs may be replayed. Partial sums are added in order, without atomics.
 
 No program waits for one that cannot run: those that wait have higher numbers in the grid than those that they wait for,
 a GPU starts programs in the order of their numbers, and the first ones wait for nothing but the kernels before. With
 PDL the next kernel starts once every program of this one has started.
 
-Shapes: ``words`` (splits, num_tokens, parts * max_rank) int64; ``state`` (2,) int32: the number of the last launch, and
-how many programs of this one have what they need. All layers share both, since launches follow each other.
+Shapes: ``words`` (splits, num_tokens, parts * max_rank) int64, which all layers share, since launches follow each
+other; ``number`` (1,) int32, a layer's own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 
 from quire.core.contracts.quant import ShrinkInProduct
-from quire.core.ops.device_profile import DeviceProfile
 from quire.core.ops.kernels.linear_epilogue import Epilogue, find_part
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
@@ -31,7 +30,7 @@ __all__ = [
     "add_adapters",
     "add_shrink",
     "find_adapters",
-    "finish_launch",
+    "load_adapters",
     "mark_words",
     "pack_shrink_operands",
     "receive_words",
@@ -40,6 +39,8 @@ __all__ = [
 
 _MAX_SPLITS = 8
 _BLOCK_K = 128
+_PROGRAMS = 32
+"""That shrink: few, since what they take of the places on the SMs the weights' programs wait for."""
 
 
 def add_shrink(options: dict[str, Any], inputs: int, block_m: int, epilogue: Epilogue) -> int:
@@ -52,8 +53,7 @@ def add_shrink(options: dict[str, Any], inputs: int, block_m: int, epilogue: Epi
     blocks = term.b.shape[1] // 16 * len(term.part_sizes)
     # By the constants of the kernel, so that no number of tokens or adapters is the first to be compiled for.
     splits: int = min(_MAX_SPLITS, triton.cdiv(inputs, 1024))
-    # One an SM: those that multiply weights are then spread over the SMs as they would be without them.
-    programs = DeviceProfile.detect(shrink.words.device).num_sms
+    programs = _PROGRAMS
     options |= pack_shrink_operands(shrink, splits * block_m * blocks * 16)
     options |= {
         "segments_ptr": shrink.segments,
@@ -68,7 +68,7 @@ def add_shrink(options: dict[str, Any], inputs: int, block_m: int, epilogue: Epi
 def pack_shrink_operands(shrink: ShrinkInProduct, num_words: int) -> dict[str, Any]:
     """What every kernel takes of ``shrink``, by name."""
     assert num_words <= shrink.words.numel(), f"{num_words} numbers to hand over, and room for {shrink.words.numel()}"
-    return {"v_ptr": shrink.words, "a_ptr": shrink.a, "state_ptr": shrink.state}
+    return {"v_ptr": shrink.words, "a_ptr": shrink.a, "number_ptr": shrink.number}
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def shrink_segments(
     segments_ptr,  # (3, segment_stride): slot, first sorted token, number of tokens, 16 at most
     num_live_ptr,  # (1,)
     tokens_ptr,  # (num_tokens,)
-    state_ptr,
+    number_ptr,
     inputs: tl.constexpr,
     has_norm: tl.constexpr,
     enable_pdl: tl.constexpr,
@@ -104,14 +104,16 @@ def shrink_segments(
     launch = 0
     if tl.program_id(0) < num_items:  # the idle ones are gone before the kernels before have ended
         pdl_wait(enable_pdl)
-        launch = tl.load(state_ptr, volatile=True) + 1
+        launch = tl.load(number_ptr, volatile=True)
     for item in range(tl.program_id(0), num_items, programs):
         segment, block, split = item // (blocks * splits), item // splits % blocks, item % splits
         part, first_rank = block * 16 // max_rank, block * 16 % max_rank
         slot = tl.load(segments_ptr + segment).to(tl.int64)
         start = tl.load(segments_ptr + segment_stride + segment)
         mask_m = offs_m < tl.load(segments_ptr + 2 * segment_stride + segment)
-        mask_r = first_rank + offs_r < tl.load(ranks_ptr + slot * parts + part)
+        mask_r = first_rank + offs_r < max_rank
+        if max_rank > 16:  # else all of it is written, and zero beyond the adapter's
+            mask_r = first_rank + offs_r < tl.load(ranks_ptr + slot * parts + part)
         tokens = tl.load(tokens_ptr + start + offs_m, mask=mask_m, other=0)
         x_rows = x_ptr + tokens.to(tl.int64)[:, None] * inputs
         a_rows = a_ptr + ((slot * parts + part) * max_rank + first_rank + offs_r)[None, :] * inputs
@@ -131,72 +133,112 @@ def shrink_segments(
 
 
 @triton.jit
-def find_adapters(
-    offs_n,  # (block_n,) features
-    num_tokens,
-    b_ptr,  # (slots, max_rank, features)
-    ranks_ptr,  # (slots, parts)
-    slots_ptr,  # (num_tokens,)
-    active_ptr,  # (1 + adapters,): how many slots the step has, and these
-    features: tl.constexpr,
-    block_m: tl.constexpr,
-    low_rank: tl.constexpr,
-):
-    """For several tokens: each one's slot, the first adapter's slot, and its ranks of B for features ``offs_n``. As of
-    ``find_adapter`` none of it changes during a step."""
+def find_adapters(num_tokens, slots_ptr, active_ptr, block_m: tl.constexpr):
+    """For several tokens, before the product: each one's slot, -1 without an adapter; how many slots the step has, and
+    the first of these. Nothing waits for them, so weights travel at once."""
     offs_m = tl.arange(0, block_m)
     slots = tl.load(slots_ptr + offs_m, mask=offs_m < num_tokens, other=-1)
-    slot, b = _load_b(0, tl.load(active_ptr), offs_n, b_ptr, ranks_ptr, active_ptr, features, low_rank)
-    return slots, slot, b
+    return slots, tl.load(active_ptr), tl.load(active_ptr + 1)
+
+
+@triton.jit
+def load_adapters(
+    found,  # as ``find_adapters`` returned them
+    offs_n,  # (block_n,) features
+    num_tokens,
+    words_ptr,  # as of ``shrink_segments``
+    b_ptr,  # (slots, max_rank, features)
+    ranks_ptr,  # (slots, parts)
+    features: tl.constexpr,
+    low_rank: tl.constexpr,
+    in_launch: tl.constexpr,
+    gated: tl.constexpr,
+):
+    """After the product, and before its parts are summed, while which these travel: of each part that the features are
+    of, what there is of v, (splits, block_r, block_m), and each token's rank; the first slot's B, (block_n, block_r).
+    """
+    slots, num_active, slot = found
+    parts: tl.constexpr = low_rank[0]
+    words, ranks = (), ()
+    for index in tl.static_range(_count_parts(low_rank, offs_n.shape[0], gated)):
+        at, present = _get_words_at(index, slots, offs_n, num_tokens, words_ptr, low_rank, in_launch, gated)
+        words = words + (tl.load(at, mask=present, other=0, volatile=True),)  # type: ignore[assignment]  # noqa: RUF005
+        rank = tl.full(slots.shape, low_rank[1], tl.int32)
+        if low_rank[1] > 16:
+            part = _get_part(index, offs_n, low_rank, gated)
+            rank = tl.load(ranks_ptr + tl.maximum(slots, 0) * parts + part, mask=slots >= 0, other=0)
+        ranks = ranks + (rank,)  # type: ignore[assignment]  # noqa: RUF005
+    return words, ranks, _load_b(slot, num_active > 0, offs_n, b_ptr, ranks_ptr, features, low_rank)
 
 
 @triton.jit
 def add_adapters(
     y,  # (block_n, block_m) float32
-    slots,  # as ``find_adapters`` returned them
-    slot,
-    b,
+    loaded,  # as ``load_adapters`` returned them
+    found,  # as ``find_adapters`` returned them
     offs_n,  # (block_n,) features
     num_tokens,
     words_ptr,  # as of ``shrink_segments``
     b_ptr,
     ranks_ptr,
     active_ptr,
-    state_ptr,
+    number_ptr,
     features: tl.constexpr,
     low_rank: tl.constexpr,
     in_launch: tl.constexpr,
     gated: tl.constexpr,
 ):
-    """Wait for v of all tokens, and add ``B v`` to ``y``, adapter by adapter. To be called once by each program that
-    does not shrink. With a norm that the product folds in it comes before the division by the root."""
+    """Wait for v of all tokens, and add ``B v`` to ``y``, adapter by adapter. With a norm that the product folds in it
+    comes before the division by the root."""
+    slots, num_active, slot = found
+    words, ranks, b = loaded
+    num_parts: tl.constexpr = _count_parts(low_rank, y.shape[0], gated)
+    offs_r = tl.arange(0, b.shape[1])
+    launch = tl.load(number_ptr, volatile=True)
+    vs = ()
+    for index in tl.static_range(num_parts):
+        at, present = _get_words_at(index, slots, offs_n, num_tokens, words_ptr, low_rank, in_launch, gated)
+        mask = present & (offs_r[:, None] < ranks[index][None, :])[None, :, :]
+        v = tl.sum(receive_words(words[index], at, present, mask, launch, in_launch[4]), axis=0)
+        vs = vs + (v,)  # type: ignore[assignment]  # noqa: RUF005
+    part_of_row = find_part(offs_n, low_rank)
+    y = _add_adapter(y, b, slot, slots, vs, part_of_row, num_parts)
+    for index in range(1, num_active):
+        slot = tl.load(active_ptr + 1 + index)
+        b = _load_b(slot, True, offs_n, b_ptr, ranks_ptr, features, low_rank)
+        y = _add_adapter(y, b, slot, slots, vs, part_of_row, num_parts)
+    return y
+
+
+@triton.jit
+def _get_words_at(
+    index: tl.constexpr,
+    slots,
+    offs_n,
+    num_tokens,
+    words_ptr,
+    low_rank: tl.constexpr,
+    in_launch: tl.constexpr,
+    gated: tl.constexpr,
+):
+    """Where a part's words are, (splits, block_r, block_m), and which of them there are."""
     parts: tl.constexpr = low_rank[0]
     max_rank: tl.constexpr = low_rank[1]
     splits: tl.constexpr = in_launch[1]
-    max_polls: tl.constexpr = in_launch[4]
-    of_one_part: tl.constexpr = _is_of_one_part(low_rank, y.shape[0], gated)
-    num_parts: tl.constexpr = 1 if of_one_part else parts
-    offs_m, offs_r = tl.arange(0, y.shape[1]), tl.arange(0, b.shape[1])
-    offs_s = tl.arange(0, triton.next_power_of_2(splits))
-    part_of_row = find_part(offs_n, low_rank)
-    launch = tl.load(state_ptr, volatile=True) + 1
-    num_active = tl.load(active_ptr)
-    present = (offs_s < splits)[:, None, None] & (slots >= 0)[None, None, :]
-    in_words = (offs_s * num_tokens)[:, None, None] + offs_m[None, None, :]
-    vs = ()
-    for index in tl.static_range(num_parts):
-        part = tl.max(part_of_row) if of_one_part else index
-        rank = tl.load(ranks_ptr + tl.maximum(slots, 0) * parts + part, mask=slots >= 0, other=0)
-        mask = present & (offs_r[:, None] < rank[None, :])[None, :, :]
-        words_at = words_ptr + in_words * (parts * max_rank) + part * max_rank + offs_r[None, :, None]
-        v = tl.sum(receive_words(words_at, present, mask, launch, max_polls), axis=0)
-        vs = vs + (v,)  # type: ignore[assignment]  # noqa: RUF005
-    finish_launch(state_ptr, launch, in_launch[0])
-    y = _add_adapter(y, b, slot, slots, vs, part_of_row, num_parts)
-    for index in range(1, num_active):
-        slot, b = _load_b(index, num_active, offs_n, b_ptr, ranks_ptr, active_ptr, features, low_rank)
-        y = _add_adapter(y, b, slot, slots, vs, part_of_row, num_parts)
-    return y
+    offs_s, offs_r = tl.arange(0, triton.next_power_of_2(splits)), tl.arange(0, triton.next_power_of_2(max_rank))
+    part = _get_part(index, offs_n, low_rank, gated)
+    rows = (offs_s * num_tokens)[:, None, None] + tl.arange(0, slots.shape[0])[None, None, :]
+    at = words_ptr + rows * (parts * max_rank) + part * max_rank + offs_r[None, :, None]
+    return at, (offs_s < splits)[:, None, None] & (offs_r < max_rank)[None, :, None] & (slots >= 0)[None, None, :]
+
+
+@triton.jit
+def _get_part(index: tl.constexpr, offs_n, low_rank: tl.constexpr, gated: tl.constexpr):
+    """The ``index``-th of the parts that the features of a tile are of."""
+    if _is_of_one_part(low_rank, offs_n.shape[0], gated):
+        return tl.max(find_part(offs_n, low_rank))
+    else:
+        return index
 
 
 @triton.jit
@@ -210,15 +252,15 @@ def _add_adapter(y, b, slot, slots, vs, part_of_row, num_parts: tl.constexpr):
 
 
 @triton.jit
-def _load_b(index, num_active, offs_n, b_ptr, ranks_ptr, active_ptr, features: tl.constexpr, low_rank: tl.constexpr):
-    """An adapter's slot (-2 beyond the last), and its B of the features, (block_n, block_r)."""
+def _load_b(slot, mask, offs_n, b_ptr, ranks_ptr, features: tl.constexpr, low_rank: tl.constexpr):
+    """The slot's B of the features, (block_n, block_r). Up to 16 ranks are loaded whole: zero beyond the adapter's."""
     offs_r = tl.arange(0, triton.next_power_of_2(low_rank[1]))
-    part_of_row = find_part(offs_n, low_rank)
-    slot = tl.load(active_ptr + 1 + index, mask=index < num_active, other=-2)
     held = tl.maximum(slot, 0).to(tl.int64)
-    rank = tl.load(ranks_ptr + held * low_rank[0] + part_of_row, mask=(part_of_row >= 0) & (slot >= 0), other=0)
+    rank = tl.full(offs_n.shape, low_rank[1], tl.int32)
+    if low_rank[1] > 16:
+        rank = tl.load(ranks_ptr + held * low_rank[0] + find_part(offs_n, low_rank))
     b_at = b_ptr + (held * low_rank[1] + offs_r)[None, :] * features + offs_n[:, None]
-    return slot, tl.load(b_at, mask=offs_r[None, :] < rank[:, None], other=0.0)
+    return tl.load(b_at, mask=(offs_r[None, :] < rank[:, None]) & mask, other=0.0)
 
 
 @triton.jit
@@ -228,10 +270,10 @@ def mark_words(values, launch):
 
 
 @triton.jit
-def receive_words(words_at, present, mask, launch, max_polls: tl.constexpr):
-    """The values of marked words, 0 where not ``mask``, once all of them are of this launch; ``present`` may be read.
-    With ``max_polls`` it gives up after so many looks, and the values are not numbers."""
-    words = tl.load(words_at, mask=present, other=0, volatile=True)
+def receive_words(words, words_at, present, mask, launch, max_polls: tl.constexpr):
+    """The values of marked words, 0 where not ``mask``, once all of them are of this launch; ``words`` were loaded
+    before, and ``present`` may be read. With ``max_polls`` it gives up after so many looks, and the values are not
+    numbers."""
     polls = 0
     while (tl.max(tl.where(mask, (words >> 32).to(tl.int32) != launch, False).to(tl.int32)) > 0) & (
         (max_polls == 0) | (polls < max_polls)
@@ -244,13 +286,10 @@ def receive_words(words_at, present, mask, launch, max_polls: tl.constexpr):
     return values
 
 
-@triton.jit
-def finish_launch(state_ptr, launch, shrinking: tl.constexpr):
-    """Of a program that has what it waited for: the last of them counts the launch. Those that shrink, and the other
-    programs, have read the number by then, and the end of the kernel makes the new one visible to the next."""
-    if tl.atomic_add(state_ptr + 1, 1, sem="relaxed") == tl.num_programs(0) - shrinking - 1:
-        tl.store(state_ptr + 1, 0)
-        tl.store(state_ptr, launch)
+@triton.constexpr_function
+def _count_parts(low_rank: Any, block_n: int, gated: bool) -> int:
+    """Of how many of the layer's parts a tile's features may be."""
+    return 1 if _is_of_one_part(low_rank, block_n, gated) else low_rank[0]
 
 
 @triton.constexpr_function

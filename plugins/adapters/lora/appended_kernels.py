@@ -33,7 +33,13 @@ from quire.sdk.ops import (
     supports_pdl,
 )
 
-__all__ = ["launch_add_appended", "launch_add_appended_and_norm"]
+__all__ = [
+    "launch_add_appended",
+    "launch_add_appended_and_norm",
+    "load_slot_b",
+    "locate_tile",
+    "multiply_slots",
+]
 
 _MAX_PARTS = 3
 _MAX_BLOCK_K = 64
@@ -140,16 +146,29 @@ def launch_add_appended_and_norm(
 
 
 @triton.jit
-def _load_b(
+def locate_tile(tile, size_0: tl.constexpr, size_1: tl.constexpr, size_2: tl.constexpr, block_n: tl.constexpr):
+    """Of a tile of features: the part that it is of, the features, and which of them there are."""
+    tiles_0: tl.constexpr = (size_0 + block_n - 1) // block_n
+    tiles_1: tl.constexpr = (size_1 + block_n - 1) // block_n
+    part = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
+    first = tl.where(part == 0, 0, tl.where(part == 1, size_0, size_0 + size_1))
+    size = tl.where(part == 0, size_0, tl.where(part == 1, size_1, size_2))
+    offs_n = tile - tl.where(part == 0, 0, tl.where(part == 1, tiles_0, tiles_0 + tiles_1))
+    offs_n = offs_n * block_n + tl.arange(0, block_n)
+    return part, first + offs_n, offs_n < size
+
+
+@triton.jit
+def load_slot_b(
     first,
     r,
     list_at,
-    count,
     b_ptr,
     ranks_ptr,
     columns,
     mask_n,
     part,
+    list_width: tl.constexpr,
     features: tl.constexpr,
     parts: tl.constexpr,
     max_rank: tl.constexpr,
@@ -159,8 +178,8 @@ def _load_b(
     """The ranks ``r ...`` of the listed slots ``first ...``: each one's slot, and B (group * block_r, block_n)."""
     offs_k = tl.arange(0, group * block_r)
     index, rank = first + offs_k // block_r, r + offs_k % block_r
-    mask = index < count
-    slot = tl.load(list_at + 1 + index, mask=mask, other=-2)
+    slot = tl.load(list_at + 1 + index, mask=index + 1 < list_width, other=-2)
+    mask = slot >= 0
     held = tl.maximum(slot, 0).to(tl.int64)
     if max_rank > 16:  # else all of it is one load, and zero beyond the rank
         mask &= rank < tl.load(ranks_ptr + held * parts + part, mask=mask, other=0)
@@ -177,7 +196,7 @@ def _load_v(v_rows, slots, part, r, parts: tl.constexpr, max_rank: tl.constexpr,
 
 
 @triton.jit
-def _multiply(y, v, b, slots, slot_of_rank, block_r: tl.constexpr, group: tl.constexpr):
+def multiply_slots(y, v, b, slots, slot_of_rank, block_r: tl.constexpr, group: tl.constexpr):
     """``y`` and the product of B and ``v``, which is zero where a token has another slot."""
     wide = tl.reshape(tl.broadcast_to(v[:, None, :], (v.shape[0], group, block_r)), (v.shape[0], group * block_r))
     wide = tl.where(slots[:, None] == slot_of_rank[None, :], wide, 0.0)
@@ -212,37 +231,28 @@ def add_appended_kernel(
     """Grid: (tiles of features, tiles of tokens)."""
     features: tl.constexpr = size_0 + size_1 + size_2
     width: tl.constexpr = size_0 if gated else features
-    tiles_0: tl.constexpr = (size_0 + block_n - 1) // block_n
-    tiles_1: tl.constexpr = (size_1 + block_n - 1) // block_n
-    tile = tl.program_id(0)
-    part = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
-    first = tl.where(part == 0, 0, tl.where(part == 1, size_0, size_0 + size_1))
-    size = tl.where(part == 0, size_0, tl.where(part == 1, size_1, size_2))
-    tile -= tl.where(part == 0, 0, tl.where(part == 1, tiles_0, tiles_0 + tiles_1))
-    offs_n = tile * block_n + tl.arange(0, block_n)
-    mask_n = offs_n < size
-    columns = first + offs_n
+    part, columns, mask_n = locate_tile(tl.program_id(0), size_0, size_1, size_2, block_n)
     offs_m = tl.program_id(1) * rows + tl.arange(0, rows)
     mask_m = offs_m < num_tokens
     # What no kernel of the step writes is read before the wait, while the product still runs.
     slots = tl.load(token_slots_ptr + offs_m, mask=mask_m, other=-1)
     list_at = lists_ptr + tl.program_id(1) * list_width
     count = tl.load(list_at)
-    first_slot, first_b = _load_b(
-        0, 0, list_at, count, b_ptr, ranks_ptr, columns, mask_n, part, features, parts, max_rank, block_r, group
+    first_slot, first_b = load_slot_b(
+        0, 0, list_at, b_ptr, ranks_ptr, columns, mask_n, part, list_width, features, parts, max_rank, block_r, group
     )
     first_slot_up, first_b_up = first_slot, first_b
     if gated:
-        first_slot_up, first_b_up = _load_b(
+        first_slot_up, first_b_up = load_slot_b(
             0,
             0,
             list_at,
-            count,
             b_ptr,
             ranks_ptr,
             columns + width,
             mask_n,
             1,
+            list_width,
             features,
             parts,
             max_rank,
@@ -265,21 +275,21 @@ def add_appended_kernel(
         if gated:
             v_up = _load_v(v_rows, slots, 1, r, parts, max_rank, block_r)
         if r == 0:
-            y = _multiply(y, v, first_b, slots, first_slot, block_r, group)
+            y = multiply_slots(y, v, first_b, slots, first_slot, block_r, group)
             if gated:
-                up = _multiply(up, v_up, first_b_up, slots, first_slot_up, block_r, group)
+                up = multiply_slots(up, v_up, first_b_up, slots, first_slot_up, block_r, group)
         for first in tl.range(group if r == 0 else 0, count, group, num_stages=4):
-            slot, b = _load_b(
-                first, r, list_at, count, b_ptr, ranks_ptr, columns, mask_n, part,
-                features, parts, max_rank, block_r, group,
+            slot, b = load_slot_b(
+                first, r, list_at, b_ptr, ranks_ptr, columns, mask_n, part,
+                list_width, features, parts, max_rank, block_r, group,
             )  # fmt: skip
             if gated:
-                slot_up, b_up = _load_b(
-                    first, r, list_at, count, b_ptr, ranks_ptr, columns + width, mask_n, 1,
-                    features, parts, max_rank, block_r, group,
+                slot_up, b_up = load_slot_b(
+                    first, r, list_at, b_ptr, ranks_ptr, columns + width, mask_n, 1,
+                    list_width, features, parts, max_rank, block_r, group,
                 )  # fmt: skip
-                up = _multiply(up, v_up, b_up, slots, slot_up, block_r, group)
-            y = _multiply(y, v, b, slots, slot, block_r, group)
+                up = multiply_slots(up, v_up, b_up, slots, slot_up, block_r, group)
+            y = multiply_slots(y, v, b, slots, slot, block_r, group)
     if gated:
         y = y / (1.0 + tl.exp(-y)) * up
     if has_residual:

@@ -14,15 +14,20 @@ from torch import Tensor
 from quire.sdk import AdapterLimits, ShrinkInProduct
 from quire.sdk.ops import copy_to_device
 
-__all__ = ["FEW_SLOTS", "MAX_FEW_TOKENS", "AdapterBatch", "SegmentShape", "TokenTiles"]
+__all__ = ["FEW_SLOTS", "MAX_FEW_TOKENS", "MAX_SUMMED_TOKENS", "AdapterBatch", "SegmentShape", "TokenTiles"]
 
 MAX_FEW_TOKENS = 8
 """Tokens of a step whose slots are uploaded one by one, for kernels that add what adapters make of them."""
-_MAX_WORDS = 8 * MAX_FEW_TOKENS * 3 * 64
-"""Numbers that one launch hands over: of each part of the inputs, token, fused part of the layer and rank."""
+MAX_SUMMED_TOKENS = 256
+"""Tokens of a step up to which both products are done where a layer's partial sums are added up."""
+_MAX_WORDS = 17 * MAX_SUMMED_TOKENS * 3 * 64
+"""Numbers that one launch hands over: of each part of the inputs and their sum, token, fused part of the layer and
+rank."""
 _MAX_POLLS = 1 << 21
 """Looks of a program for what another one of its launch hands over, about two seconds of them: if that ever failed, the
 step's logits would not be numbers, which ends its requests with an error, and no step would hang."""
+_MAX_LAYERS = 4096
+"""Whose kernels may do the first product: each has a number of its own."""
 _SHORT_SEGMENT_TOKENS = 512
 """Tokens of a step up to which segments are short: most hold decodes, which rarely share an adapter with 16 others."""
 
@@ -53,7 +58,8 @@ class TokenTiles:
     ``v`` behind a layer's product.
 
     Device tensors are int32 and stay where they are: ``token_slots`` (max_num_tokens,) the slot of each token, -1 where
-    it has no adapter; ``lists`` (max_tiles, list_width) how many slots a tile's tokens have, and each of them once.
+    it has no adapter; ``lists`` (max_tiles, list_width) how many slots a tile's tokens have, each of them once,
+    and -2 behind them.
     """
 
     def __init__(self, limits: AdapterLimits) -> None:
@@ -63,8 +69,8 @@ class TokenTiles:
         self._packed = torch.zeros(shape[0] * shape[1] + max_tokens, dtype=torch.int32, device=limits.device)
         lists, self.token_slots = self._packed.split([shape[0] * shape[1], max_tokens])
         self.lists = lists.view(shape)
-        self.is_used = False
-        """Whether a layer has such kernels."""
+        self.has_appended_rows = False
+        """Whether a layer's A lies behind its weight."""
         self.rows = _MAX_TILE_ROWS
         """Tokens of a tile."""
         self.is_mixed = False
@@ -82,6 +88,7 @@ class TokenTiles:
         host = np.zeros(self.lists.numel() + num_tokens, np.int32)
         host[self.lists.numel() :] = token_slots
         lists = host[: self.lists.numel()].reshape(self.lists.shape)
+        lists[:] = -2
         tokens = np.flatnonzero(token_slots >= 0)
         tiles, slots = np.divmod(np.unique(tokens // self.rows * num_slots + token_slots[tokens]), num_slots)
         lists[:, 0] = counts = np.bincount(tiles, minlength=len(lists))
@@ -110,9 +117,9 @@ class AdapterBatch:
         segments, self.slots, self.active_slots, self.num_live, self.token_indices = self._packed.split(sizes)
         self.segments = segments.view(3, -1)
         self.words = torch.zeros(_MAX_WORDS, dtype=torch.int64, device=limits.device)
-        """What programs of a layer's kernel hand to each other, with ``launch_state`` (2,): one launch follows another,
-        so layers share both."""
-        self.launch_state = torch.zeros(2, dtype=torch.int32, device=limits.device)
+        """What programs of a layer's kernel hand to each other: one launch follows another, so layers share it."""
+        self._numbers = torch.arange(1, 1 + _MAX_LAYERS, dtype=torch.int32, device=limits.device)[:, None].repeat(1, 4)
+        self._last_layer = _MAX_LAYERS
         self.tiles = TokenTiles(limits)
         self.shape = SegmentShape(0, 0, 16)
         self.single_slot: int | None = None
@@ -153,12 +160,16 @@ class AdapterBatch:
         token_indices[: len(order)] = self._sorted
         self._packed[: len(host)] = copy_to_device(host, torch.int32, self._packed.device)
 
-    def describe_shrink(self, a: Tensor, max_polls: int = _MAX_POLLS) -> ShrinkInProduct:
-        """The step's first product with ``a`` (slots, parts, max_rank, in_features), for a layer's own kernel."""
+    def describe_shrink(self, a: Tensor, layer: int, max_polls: int = _MAX_POLLS) -> ShrinkInProduct:
+        """The step's first product with ``a`` (slots, parts, max_rank, in_features), for a kernel of the ``layer``-th
+        layer that is launched now. Layers whose numbers rise are of one forward pass; others begin the next one."""
+        if layer <= self._last_layer:
+            self._numbers.add_(_MAX_LAYERS)  # where a pass is captured this is, too: it has new numbers when replayed
+        self._last_layer = layer
         return ShrinkInProduct(
             a,
             self.words,
-            self.launch_state,
+            self._numbers[layer, :1],
             self.segments,
             self.num_live,
             self.token_indices,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quire.plugins.adapters.lora.batch import FEW_SLOTS, MAX_FEW_TOKENS, AdapterBatch
+from quire.plugins.adapters.lora.batch import FEW_SLOTS, MAX_FEW_TOKENS, MAX_SUMMED_TOKENS, AdapterBatch
 from quire.plugins.adapters.lora.reference import add_appended, apply_lora, apply_one_adapter
 from quire.sdk import (
     ActivationFormat,
@@ -71,6 +71,9 @@ class Lora(AdapterMethod):
         """For more tokens A lies behind the layer's weight, where that is unquantized and the rank's result whole, and
         the layer's product does the first product too; false: kernels behind it do both. True: always.
         None: on a GPU, but for float16, which may not hold v, and where its rows are at most half of the layer's."""
+        shrink_beside_product: bool = True
+        """Elsewhere, for tens of tokens, both products are one kernel that starts beside the layer's, where that leaves
+        partial sums; false: two kernels behind its result."""
         max_normed_tokens: int = 128
         """There up to so many tokens are added by the norm's kernel behind the layer, and"""
         max_rotated_tokens: int = 128
@@ -126,7 +129,7 @@ class Lora(AdapterMethod):
 
     def make_layer(self, info: LayerInfo, rank: int, world_size: int) -> LoraLayer:
         """Room for each slot's A and B."""
-        layer = LoraLayer(info, self.limits, self._batch, rank, world_size, self.options)
+        layer = LoraLayer(info, self.limits, self._batch, rank, world_size, self.options, len(self._layers))
         self._layers.append(layer)
         return layer
 
@@ -139,7 +142,7 @@ class Lora(AdapterMethod):
     def prepare_metadata(self, token_slots: NDArray[np.int32], *, is_captured: bool = False) -> None:
         """Sort the step's tokens by adapter."""
         self._batch.update(token_slots, is_captured=is_captured)
-        if self._batch.tiles.is_used:
+        if self.options.shrink_beside_product or self._batch.tiles.has_appended_rows:
             self._batch.tiles.update(token_slots, self._choose_slot_count(token_slots, is_captured=is_captured))
 
     def _choose_slot_count(self, token_slots: NDArray[np.int32], *, is_captured: bool) -> int:
@@ -153,7 +156,7 @@ class Lora(AdapterMethod):
     def list_slot_counts(self, num_tokens: int) -> Sequence[int]:
         """Rows behind the weights are read for every slot that may be named."""
         num_slots = self.limits.num_slots
-        if not self._batch.tiles.is_used or (num_tokens <= MAX_FEW_TOKENS and self._adds_in_product()):
+        if not self._batch.tiles.has_appended_rows or (num_tokens <= MAX_FEW_TOKENS and self._adds_in_product()):
             return (num_slots,)
         return (*(count for count in _SLOT_COUNTS if count < num_slots), num_slots)
 
@@ -185,8 +188,10 @@ class LoraLayer(AdapterLayer):
         rank: int,
         world_size: int,
         options: Lora.Options | None = None,
+        index: int = 0,
     ) -> None:
         self._info = info
+        self._index = index
         self._options = options = options or Lora.Options()
         formats = {None: DeviceProfile.detect(limits.device).shrinks_in_product, True: _FORMATS, False: ()}
         self._shrinking_formats = formats[options.shrink_in_product]
@@ -235,7 +240,7 @@ class LoraLayer(AdapterLayer):
         has_few = num_tokens <= MAX_FEW_TOKENS and self._a.shape[2] <= _MAX_FUSED_RANK
         if not (self._options.add_in_product and self._a.is_cuda and has_few and self._batch.single_slot is None):
             return None
-        return LowRankShrink(self.shrink, self._make_term(None), self._shrinking_formats)
+        return LowRankShrink(self.shrink, self._describe_in_product, self._shrinking_formats)
 
     def shrink(self, x: Tensor, norm: tuple[Tensor, float] | None) -> LowRankTerm:
         """By its kernel, for the step's sorted tokens."""
@@ -243,10 +248,37 @@ class LoraLayer(AdapterLayer):
 
         return self._make_term(launch_shrink(x, self._a, self._ranks, self._batch, norm)[0])
 
+    def _describe_in_product(self) -> LowRankTerm:
+        return self._make_term(None)
+
     def _make_term(self, v: Tensor | None) -> LowRankTerm:
-        """With the first product ``v``; None: the layer's kernel does it."""
-        shrink = self._batch.describe_shrink(self._a) if v is None else None
+        """With the first product ``v``; None: the layer's kernel, which is launched next, does it."""
+        shrink = self._batch.describe_shrink(self._a, self._index) if v is None else None
         return LowRankTerm(v, self._b, self._ranks, self._batch.slots, self._info.part_sizes, shrink)
+
+    def adds_to_partial(self, num_tokens: int) -> bool:
+        """For more than few tokens on a GPU, and few ranks."""
+        return (
+            self._options.shrink_beside_product
+            and self._a.is_cuda
+            and MAX_FEW_TOKENS < num_tokens <= MAX_SUMMED_TOKENS
+            and self._a.shape[2] <= _MAX_FUSED_RANK
+            and self._batch.single_slot is None
+        )
+
+    def add_to_partial(
+        self, x: Tensor, partial: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    ) -> Tensor:
+        """By one kernel, with the activation function in it where two parts of one size are its halves."""
+        from quire.plugins.adapters.lora.partial_kernels import launch_add_to_partial
+
+        assert activation in (None, "silu")
+        sizes, term = self._info.part_sizes, self._make_term(None)
+        if activation is not None and (len(sizes) != 2 or sizes[0] != sizes[1]):
+            out = silu_and_mul(launch_add_to_partial(x, partial, bias, term, self._batch))
+            return out if residual is None else out + residual
+        gated = activation is not None
+        return launch_add_to_partial(x, partial, bias, term, self._batch, gated=gated, residual=residual)
 
     def count_appended_rows(self) -> int:
         """A of every slot, where this rank's result is whole and A has the weight's type."""
@@ -263,7 +295,7 @@ class LoraLayer(AdapterLayer):
         """A moves there."""
         size = self._a.shape[:3].numel()
         self._a = rows[:size].view(self._a.shape)
-        self._batch.tiles.is_used = True
+        self._batch.tiles.has_appended_rows = True
 
     def count_active_rows(self, num_tokens: int) -> int:
         """Of the slots that the step may name, unless these rows are so many, for the layer and as many tokens, that

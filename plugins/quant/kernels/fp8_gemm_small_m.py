@@ -26,6 +26,7 @@ from quire.sdk.ops import (
     add_shrink,
     find_adapters,
     get_weight_rows,
+    load_adapters,
     pack_epilogue,
     pdl_launch_dependents,
     pdl_wait,
@@ -111,7 +112,7 @@ def fp8_gemm_small_m_kernel(
     num_live_ptr=None,
     tokens_ptr=None,
     active_ptr=None,
-    state_ptr=None,
+    number_ptr=None,
     in_launch: tl.constexpr = None,
 ):
     """Grid: (features / block_n,), behind the programs that shrink."""
@@ -120,7 +121,7 @@ def fp8_gemm_small_m_kernel(
     else:
         if tl.program_id(0) < in_launch[0]:
             shrink_segments(
-                x_ptr, x_ptr, num_tokens, v_ptr, a_ptr, ranks_ptr, segments_ptr, num_live_ptr, tokens_ptr, state_ptr,
+                x_ptr, x_ptr, num_tokens, v_ptr, a_ptr, ranks_ptr, segments_ptr, num_live_ptr, tokens_ptr, number_ptr,
                 inputs, False, enable_pdl, low_rank, in_launch,
             )  # fmt: skip
             return
@@ -133,9 +134,7 @@ def fp8_gemm_small_m_kernel(
     x_ptrs = x_ptr + offs_m[None, None, :] * inputs + offs_k[:, :, None]
     mask_m = (offs_m < num_tokens)[None, None, :]
     if in_launch is not None:
-        slots, slot, b = find_adapters(
-            offs_n, num_tokens, b_ptr, ranks_ptr, slots_ptr, active_ptr, features, block_m, low_rank
-        )
+        found = find_adapters(num_tokens, slots_ptr, active_ptr, block_m)
     pdl_wait(enable_pdl)
     acc = tl.zeros((slice_k, block_n, block_m), dtype=tl.float32)
     even_k: tl.constexpr = inputs % (slice_k * block_k) == 0
@@ -155,12 +154,14 @@ def fp8_gemm_small_m_kernel(
         else:
             acc = tl.dot(w, x, acc)
     pdl_launch_dependents(enable_pdl)
+    if in_launch is not None:
+        loaded = load_adapters(found, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, features, low_rank, in_launch, gated)
     y = tl.sum(acc, axis=0)  # (rows, tokens)
     if not scale_blocks:
         y *= tl.load(scale_ptr + offs_n)[:, None]
     if in_launch is not None:
         y = add_adapters(
-            y, slots, slot, b, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, active_ptr, state_ptr, features,
+            y, loaded, found, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, active_ptr, number_ptr, features,
             low_rank, in_launch, gated,
         )  # fmt: skip
     elif low_rank is not None:

@@ -146,7 +146,7 @@ def fp8_gemv_kernel(
     slots_ptr=None,
     low_rank: tl.constexpr = None,
     a_ptr=None,  # where programs of this launch shrink, as in ``ShrinkInProduct``; v_ptr is then what they write
-    state_ptr=None,
+    number_ptr=None,
     in_launch: tl.constexpr = None,
 ):
     """Grid: (features / block_n / tiles_per_program,), behind the programs that shrink."""
@@ -155,7 +155,7 @@ def fp8_gemv_kernel(
     else:
         if tl.program_id(0) < in_launch[0]:
             shrink_rows(
-                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, state_ptr, inputs, has_norm, enable_pdl,
+                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, number_ptr, inputs, has_norm, enable_pdl,
                 low_rank, in_launch,
             )  # fmt: skip
             return
@@ -230,7 +230,7 @@ def fp8_gemv_kernel(
                 )
         w = w_next
     if in_launch is not None:
-        term = receive_rows(part_of_row, ranks, b_rows, v_ptr, state_ptr, low_rank, in_launch)
+        term = receive_rows(part_of_row, ranks, b_rows, v_ptr, number_ptr, low_rank, in_launch)
         if has_norm:
             term *= scales[0]  # type: ignore[misc]
         y = tl.reshape(ys, (rows,)) + term
@@ -265,7 +265,7 @@ def fp8_gemv_k_loop_kernel(
     slots_ptr=None,
     low_rank: tl.constexpr = None,
     a_ptr=None,  # where programs of this launch shrink, as in ``ShrinkInProduct``; v_ptr is then what they write
-    state_ptr=None,
+    number_ptr=None,
     in_launch: tl.constexpr = None,
 ):
     """Grid: (features / block_n,), behind the programs that shrink. The norm is folded in as in ``gemm_small_m``:
@@ -275,7 +275,7 @@ def fp8_gemv_k_loop_kernel(
     else:
         if tl.program_id(0) < in_launch[0]:
             shrink_rows(
-                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, state_ptr, inputs, has_norm, enable_pdl,
+                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, number_ptr, inputs, has_norm, enable_pdl,
                 low_rank, in_launch,
             )  # fmt: skip
             return
@@ -313,7 +313,7 @@ def fp8_gemv_k_loop_kernel(
     if not scale_blocks:
         y *= tl.load(scale_ptr + offs_n)
     if in_launch is not None:
-        y += receive_rows(part_of_row, ranks, b_rows, v_ptr, state_ptr, low_rank, in_launch)
+        y += receive_rows(part_of_row, ranks, b_rows, v_ptr, number_ptr, low_rank, in_launch)
     elif low_rank is not None:
         y += tl.sum(v * b, axis=1)
     if has_norm:

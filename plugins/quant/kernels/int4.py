@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, launch_dequantize_int4
+from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, PARTIAL_LAUNCHERS, launch_dequantize_int4
 from quire.plugins.quant.kernels.int4_table import select_launch
 from quire.plugins.quant.kernels.int4_weights import IntWeights, dequantize_to_float64, pack_weights
 from quire.sdk import LowRankShrink
 from quire.sdk.ops import supports_pdl
 
-__all__ = ["IntWeights", "apply_linear", "dequantize_weights", "pack_weights", "reference_linear"]
+__all__ = ["IntWeights", "apply_linear", "dequantize_weights", "multiply_partial", "pack_weights", "reference_linear"]
 
 _MAX_ADAPTER_TOKENS = 8
 """Most tokens to whose products a kernel adds what adapters make of them."""
@@ -60,6 +60,14 @@ def apply_linear(
         **launch.options,
     )
     return out
+
+
+def multiply_partial(x: Tensor, weights: IntWeights) -> Tensor | None:
+    """``x`` (num_tokens, inputs) times ``weights`` as in ``LinearMethod.apply_partial``."""
+    launch = select_launch(weights, x)
+    if launch is None or launch.kernel not in PARTIAL_LAUNCHERS or not x.is_contiguous():
+        return None
+    return PARTIAL_LAUNCHERS[launch.kernel](x, weights, None, None, enable_pdl=supports_pdl(x.device), **launch.options)
 
 
 def dequantize_weights(weights: IntWeights, dtype: torch.dtype) -> Tensor:

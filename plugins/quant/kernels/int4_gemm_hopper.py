@@ -121,6 +121,7 @@ def _unpack(
 def _produce(
     x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, tile, token, tiles: gl.constexpr,
     num_consumers: gl.constexpr, stages: gl.constexpr, ratio: gl.constexpr, enable_pdl: gl.constexpr,
+    leads: gl.constexpr,
 ):  # fmt: skip
     """One warp: start to copy what a turn wants, as soon as there is room. The first weights wait for no kernel."""
     for turn in range(gl.minimum(stages, turns)):
@@ -141,6 +142,8 @@ def _produce(
         )
     if enable_pdl:
         gdc_wait()
+        if leads:
+            gdc_launch_dependents()
     for turn in range(turns):
         slot = turn % stages
         if turn >= stages:  # the parity of a barrier's phase changes with every time around
@@ -173,7 +176,7 @@ def _consume(
     ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr, out_ptr,
     me: gl.constexpr, num_consumers: gl.constexpr, stages: gl.constexpr, tiles: gl.constexpr, block_m: gl.constexpr,
     warps: gl.constexpr, features: gl.constexpr, split_k: gl.constexpr, has_bias: gl.constexpr,
-    gated: gl.constexpr, has_residual: gl.constexpr, enable_pdl: gl.constexpr,
+    gated: gl.constexpr, has_residual: gl.constexpr, enable_pdl: gl.constexpr, leads: gl.constexpr,
 ):  # fmt: skip
     """Warps that multiply."""
     paired: gl.constexpr = gated and tiles == warps
@@ -201,7 +204,8 @@ def _consume(
     acc = warpgroup_mma_wait(0, deps=(acc,))
     if enable_pdl:  # the residual and the output may still be in use by the kernels before
         gdc_wait()
-        gdc_launch_dependents()
+        if not leads:
+            gdc_launch_dependents()
     width: gl.constexpr = features // 2 if gated else features
     kept: gl.constexpr = tiles * 8 if gated else tiles * 16
     y = acc
@@ -259,9 +263,10 @@ def int4_gemm_hopper_kernel(
     gated: gl.constexpr,
     has_residual: gl.constexpr,
     enable_pdl: gl.constexpr,
+    leads: gl.constexpr = False,
 ):
     """Grid: (num_tokens / tokens, features / 16 / tiles / consumers, splits): ``tiles`` and ``warps`` are a
-    consumer's. Every split has a block."""
+    consumer's. Every split has a block. ``leads``: the next kernel may start beside it."""
     blocks: gl.constexpr = (inputs + 127) // 128
     share: gl.constexpr = (blocks + split_k - 1) // split_k
     kinds: gl.constexpr = 2 if gated else 1
@@ -284,11 +289,11 @@ def int4_gemm_hopper_kernel(
             (_consume, (
                 ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
                 out_ptr, 0, num_consumers, stages, tiles, block_m, warps, features, split_k, has_bias, gated,
-                has_residual, enable_pdl,
+                has_residual, enable_pdl, leads,
             )),
             (_produce, (
                 x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, row, token, apart,
-                num_consumers, stages, group // 128, enable_pdl,
+                num_consumers, stages, group // 128, enable_pdl, leads,
             )),
         ], [1], [24])
     else:
@@ -296,16 +301,16 @@ def int4_gemm_hopper_kernel(
             (_consume, (
                 ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
                 out_ptr, 0, num_consumers, stages, tiles, block_m, warps, features, split_k, has_bias, gated,
-                has_residual, enable_pdl,
+                has_residual, enable_pdl, leads,
             )),
             (_consume, (
                 ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
                 out_ptr, 1, num_consumers, stages, tiles, block_m, warps, features, split_k, has_bias, gated,
-                has_residual, enable_pdl,
+                has_residual, enable_pdl, leads,
             )),
             (_produce, (
                 x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, row, token, apart,
-                num_consumers, stages, group // 128, enable_pdl,
+                num_consumers, stages, group // 128, enable_pdl, leads,
             )),
         ], [4, 1], [240, 24])
     # fmt: on

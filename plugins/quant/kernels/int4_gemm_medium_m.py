@@ -52,8 +52,9 @@ def int4_gemm_medium_m_kernel(
     has_residual: tl.constexpr,
     native: tl.constexpr,
     enable_pdl: tl.constexpr,
+    leads: tl.constexpr = False,
 ):
-    """Grid: (features / 16 / tiles, num_tokens / tokens, splits).
+    """Grid: (features / 16 / tiles, num_tokens / tokens, splits). ``leads``: the next kernel may start beside it.
 
     A block's product is scaled and then added; ``scale_weights``, the weights are scaled before: fewer registers, but a
     rounding more. Each turn touches the sum: else Triton would let ``wgmma`` run on into the next one, which writes the
@@ -71,6 +72,7 @@ def int4_gemm_medium_m_kernel(
     offs_k = tl.arange(0, span)
     x_row = tl.minimum(offs_m, num_tokens - 1).to(tl.int64) * inputs
     pdl_wait(enable_pdl)
+    pdl_launch_dependents(enable_pdl and leads)
     acc = tl.zeros((tiles * 16, block_m), dtype=tl.float32)
     for block in tl.range(split * share, tl.minimum(split * share + share, blocks), num_stages=stages):
         p = tl.load(words + block * 256)
@@ -88,7 +90,7 @@ def int4_gemm_medium_m_kernel(
         else:
             scale = tl.reshape(get_scales(groups[0], tiles, 1, gated), (tiles * 16, 1))
             acc += tl.dot(w, x, input_precision="ieee") * scale
-    pdl_launch_dependents(enable_pdl)
+    pdl_launch_dependents(enable_pdl and not leads)
     if split_k == 1:
         if has_bias:
             offs_n, _ = get_rows(program, features, tiles, gated)

@@ -25,7 +25,15 @@ from quire.plugins.quant.kernels.int4_words import (
     store_output,
     unpack_words,
 )
-from quire.sdk.ops import add_adapters, add_low_rank, find_adapters, pdl_launch_dependents, pdl_wait, shrink_segments
+from quire.sdk.ops import (
+    add_adapters,
+    add_low_rank,
+    find_adapters,
+    load_adapters,
+    pdl_launch_dependents,
+    pdl_wait,
+    shrink_segments,
+)
 
 __all__ = ["int4_gemm_small_m_kernel"]
 
@@ -63,7 +71,7 @@ def int4_gemm_small_m_kernel(
     num_live_ptr=None,
     tokens_ptr=None,
     active_ptr=None,
-    state_ptr=None,
+    number_ptr=None,
     in_launch: tl.constexpr = None,
 ):
     """Grid: (features / 16 / tiles,), behind the programs that shrink. A turn is ``unroll_k`` blocks of inputs for each
@@ -75,7 +83,7 @@ def int4_gemm_small_m_kernel(
     else:
         if tl.program_id(0) < in_launch[0]:
             shrink_segments(
-                x_ptr, x_ptr, num_tokens, v_ptr, a_ptr, ranks_ptr, segments_ptr, num_live_ptr, tokens_ptr, state_ptr,
+                x_ptr, x_ptr, num_tokens, v_ptr, a_ptr, ranks_ptr, segments_ptr, num_live_ptr, tokens_ptr, number_ptr,
                 inputs, False, enable_pdl, low_rank, in_launch,
             )  # fmt: skip
             return
@@ -88,9 +96,7 @@ def int4_gemm_small_m_kernel(
     acc = tl.zeros((slice_k, tiles * 16, block_m), dtype=tl.float32)
     if in_launch is not None:
         rows, _ = get_rows(program, features, tiles, gated)
-        slots, slot, b = find_adapters(
-            rows, num_tokens, b_ptr, ranks_ptr, slots_ptr, active_ptr, features, block_m, low_rank
-        )
+        found = find_adapters(num_tokens, slots_ptr, active_ptr, block_m)
     pdl_wait(enable_pdl)
     for first in tl.range(0, blocks, slice_k * unroll_k, num_stages=stages):
         words_of, groups_of, tokens_of = (), (), ()  # all loads of a turn before its products
@@ -107,10 +113,12 @@ def int4_gemm_small_m_kernel(
         for turn in tl.static_range(unroll_k):
             acc = _multiply(words_of[turn], groups_of[turn], tokens_of[turn], acc, group, bits, gated, native)
     pdl_launch_dependents(enable_pdl)
+    if in_launch is not None:
+        loaded = load_adapters(found, rows, num_tokens, v_ptr, b_ptr, ranks_ptr, features, low_rank, in_launch, gated)
     y = tl.sum(acc, axis=0)
     if in_launch is not None:
         y = add_adapters(
-            y, slots, slot, b, rows, num_tokens, v_ptr, b_ptr, ranks_ptr, active_ptr, state_ptr, features,
+            y, loaded, found, rows, num_tokens, v_ptr, b_ptr, ranks_ptr, active_ptr, number_ptr, features,
             low_rank, in_launch, gated,
         )  # fmt: skip
     elif low_rank is not None:

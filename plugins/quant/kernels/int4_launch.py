@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from quire.sdk.ops import Epilogue, add_shrink, pack_epilogue, supports_pdl
 
 __all__ = [
     "LAUNCHERS",
+    "PARTIAL_LAUNCHERS",
     "launch_dequantize_int4",
     "launch_int4_gemm_hopper",
     "launch_int4_gemm_medium_m",
@@ -80,7 +81,7 @@ def launch_int4_gemm_medium_m(
     x: Tensor,
     weights: IntWeights,
     bias: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     *,
     block_m: int,
     tiles: int,
@@ -89,14 +90,15 @@ def launch_int4_gemm_medium_m(
     num_warps: int,
     num_stages: int,
     **epilogue: Unpack[Epilogue],
-) -> None:
-    """As ``launch_int4_gemm_small_m``, for any number of tokens, ``block_m`` of them to a program.
+) -> Tensor:
+    """As ``launch_int4_gemm_small_m``, for any number of tokens, ``block_m`` of them to a program. Returns ``out``, or
+    where that is None the partial sums, as ``LinearMethod.apply_partial``.
 
     The inputs are shared out to ``split_k`` programs, and their results added up by another kernel.
     ``scale_weights``: scale the weights instead of the products, as groups smaller than a block always are.
     """
     num_tokens, features = x.shape[0], weights.features
-    parts = out if split_k == 1 else torch.empty(split_k, num_tokens, features, dtype=torch.float32, device=x.device)
+    parts = _allocate_parts(x, features, split_k, out)
     bias, residual, options = pack_epilogue(x, bias, **epilogue)
     int4_gemm_medium_m_kernel[(triton.cdiv(weights.words.shape[0], tiles), triton.cdiv(num_tokens, block_m), split_k)](
         x,
@@ -116,18 +118,20 @@ def launch_int4_gemm_medium_m(
         scale_weights=bool(scale_weights) or weights.group_size * weights.bits < 512,
         stages=num_stages,
         native=_has_native_unpack(x.dtype),
+        leads=out is None,
         num_warps=num_warps,
         **options,
     )
-    if split_k > 1:
-        _launch_combine_split_k(parts, bias, residual, out, weights.features, split_k, options)
+    if out is None or split_k == 1:
+        return parts
+    return _launch_combine_split_k(parts, bias, residual, out, options)
 
 
 def launch_int4_gemm_hopper(
     x: Tensor,
     weights: IntWeights,
     bias: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     *,
     block_m: int,
     tiles: int,
@@ -136,7 +140,7 @@ def launch_int4_gemm_hopper(
     num_warps: int,
     num_stages: int,
     **epilogue: Unpack[Epilogue],
-) -> None:
+) -> Tensor:
     """As ``launch_int4_gemm_medium_m`` with scaled weights, on Hopper: 4 bits and groups of a multiple of 128.
 
     A program's ``num_consumers``, one or two, have ``num_warps`` (4 or 8; 4 of two) and take ``tiles`` each.
@@ -146,7 +150,7 @@ def launch_int4_gemm_hopper(
     kinds = 2 if options["gated"] else 1
     held, blocks = weights.words.shape[:2]
     split_k = triton.cdiv(blocks, triton.cdiv(blocks, split_k))
-    parts = out if split_k == 1 else torch.empty(split_k, num_tokens, features, dtype=torch.float32, device=x.device)
+    parts = _allocate_parts(x, features, split_k, out)
     words = weights.words.view(kinds, held // kinds, blocks * 256)
     groups = weights.groups.view(kinds, held // kinds, -1)
     int4_gemm_hopper_kernel[(triton.cdiv(num_tokens, block_m), triton.cdiv(held, tiles * num_consumers), split_k)](
@@ -166,29 +170,39 @@ def launch_int4_gemm_hopper(
         warps=num_warps,
         split_k=split_k,
         stages=num_stages,
+        leads=out is None,
         num_warps=num_warps,
         maxnreg=128 if num_consumers * num_warps == 4 and tiles * block_m <= 512 else None,  # for a second program
         **options,
     )
-    if split_k > 1:
-        _launch_combine_split_k(parts, bias, residual, out, features, split_k, options)
+    if out is None or split_k == 1:
+        return parts
+    return _launch_combine_split_k(parts, bias, residual, out, options)
+
+
+def _allocate_parts(x: Tensor, features: int, split_k: int, out: Tensor | None) -> Tensor:
+    """What the product's programs write: ``out`` itself, or partial sums (split_k, num_tokens, features)."""
+    if out is not None and split_k == 1:
+        return out
+    return x.new_empty(split_k, x.shape[0], features, dtype=x.dtype if split_k == 1 else torch.float32)
 
 
 def _launch_combine_split_k(
-    parts: Tensor, bias: Tensor, residual: Tensor, out: Tensor, features: int, split_k: int, options: dict[str, bool]
-) -> None:
+    parts: Tensor, bias: Tensor, residual: Tensor, out: Tensor, options: dict[str, bool]
+) -> Tensor:
     combine_split_k_kernel[(triton.cdiv(out.shape[1], 512), out.shape[0])](
         parts,
         bias,
         residual,
         out,
         out.shape[0],
-        features=features,
-        split_k=split_k,
+        features=parts.shape[2],
+        split_k=parts.shape[0],
         block_n=512,
         num_warps=4,
         **options,
     )
+    return out
 
 
 def launch_dequantize_int4(weights: IntWeights, dtype: torch.dtype, blocks_per_program: int = 8) -> Tensor:
@@ -213,11 +227,11 @@ def launch_dequantize_int4(weights: IntWeights, dtype: torch.dtype, blocks_per_p
     return out
 
 
-LAUNCHERS: dict[str, Callable[..., None]] = {
-    "gemm_small_m": launch_int4_gemm_small_m,
+PARTIAL_LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "gemm_medium_m": launch_int4_gemm_medium_m,
     "gemm_hopper": launch_int4_gemm_hopper,
 }
+LAUNCHERS: dict[str, Callable[..., Any]] = {"gemm_small_m": launch_int4_gemm_small_m, **PARTIAL_LAUNCHERS}
 
 
 def _has_native_unpack(dtype: torch.dtype) -> bool:
