@@ -7,6 +7,8 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +143,8 @@ def _run_fit(args: argparse.Namespace) -> int:
     check_writable(Path(args.out))
     recordings = [read_recording(Path(path)) for path in args.recordings]
     source = f"fitted to recorded steps by quire simulate fit: {', '.join(r.name for r in recordings)}"
-    model = fit_step_model(recordings, Path(args.out).stem, source)
+    with _as_bad_recording(", ".join(args.recordings)):
+        model = fit_step_model(recordings, Path(args.out).stem, source)
     save_step_model(model, Path(args.out))
     for recording in (*recordings, *(read_recording(Path(path)) for path in args.test)):
         report = measure_errors(model, [recording])
@@ -176,23 +179,40 @@ def _run_replay(args: argparse.Namespace) -> int:
     recording = read_recording(Path(args.recording))
     plugins = PluginManager(args.plugins or ())
     recorded = recording.header.policy
-    options = "".join(f",{key}={value}" for key, value in recorded.get("options", {}).items())
+    with _as_bad_recording(args.recording):
+        options = "".join(f",{key}={value}" for key, value in dict(recorded.get("options", {})).items())
+        class_name = str(recorded["target"]).rpartition(":")[2]
     try:
         policy = resolve_spec("policy", args.policy or f"{recorded['target']}{options}", plugins)
     except PluginError as error:
         if args.policy:
             raise
-        class_name = recorded["target"].rpartition(":")[2]
         raise PluginError(f"{error}; if it was a file's, name that: --policy FILE.py:{class_name}") from None
     fallback = resolve_spec("policy", "fcfs", plugins)
     allocator = plugins.load_class(plugins.resolve_plugin("kv", "auto", {"device": "cpu"}, announce=False))
     num_equal = 0
-    for outcome in replay_recording(
-        recording, policy.make(), fallback.make(), allocator, follow_switches=args.policy is None
-    ):
-        if isinstance(outcome, PlanDifference):
-            print(f"{recording.name}: {num_equal} steps are equal, then {policy.name} plans something else; {outcome}")
-            return 1
-        num_equal += 1
+    with _as_bad_recording(args.recording):
+        outcomes = replay_recording(
+            recording, policy.make(), fallback.make(), allocator, follow_switches=args.policy is None
+        )
+        for outcome in outcomes:
+            if isinstance(outcome, PlanDifference):
+                equal = f"{num_equal} steps are equal"
+                print(f"{recording.name}: {equal}, then {policy.name} plans something else; {outcome}")
+                return 1
+            num_equal += 1
     print(f"{recording.name}: {policy.name} planned all {num_equal} steps as recorded")
     return 0
+
+
+@contextmanager
+def _as_bad_recording(path: str) -> Iterator[None]:
+    """What goes wrong with numbers that no engine recorded is the recording's fault. A policy's faults do not arrive
+    here."""
+    try:
+        yield
+    except (ConfigError, PluginError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path} is not as an engine records ({reason:.200}); record it again") from None

@@ -14,6 +14,7 @@ import numpy as np
 
 from quire.core.contracts.kv import KVAllocator, KVGroup
 from quire.core.contracts.policy import BatchingPolicy
+from quire.core.errors import ConfigError
 from quire.core.messages import EngineCoreRequest
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
@@ -265,7 +266,10 @@ def _make_message(
 def _make_scheduling_params(request: TraceRequest) -> SchedulingParams | None:
     """Of ``TraceRequest.scheduling`` what this version of the engine knows."""
     known = {name: request.scheduling[name] for name in _SCHEDULING_FIELDS if name in request.scheduling}
-    return SchedulingParams(**known) if known else None
+    try:
+        return msgspec.convert(known, SchedulingParams) if known else None
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the trace's scheduling of a request cannot be read ({error}); record it again") from None
 
 
 def _make_params(max_tokens: int | None) -> SamplingParams:

@@ -28,26 +28,35 @@ def read_trace(source: str, *, seed: int = 0, count_tokens: Callable[[str], int]
     """A trace from a file, or from a spec that begins with ``synthetic``. ``count_tokens`` is for conversations, which
     have texts; without it, four characters count as a token. Raises ``ConfigError``."""
     if source.partition(":")[0] == "synthetic":
-        return make_synthetic_trace(source, seed)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"trace {source}: there is no such file; name one, or write synthetic:requests=1000")
+        trace = make_synthetic_trace(source, seed)
+    else:
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"trace {source}: there is no such file; name one, or write synthetic:requests=1000")
+        trace = _read_file(source, path, count_tokens)
+    trace.check_bounds()
+    return trace
+
+
+def _read_file(source: str, path: Path, count_tokens: Callable[[str], int] | None) -> Trace:
     text = open_text(path)
     first = text[: text.find("\n")] if "\n" in text else text
     try:
         if first.startswith('{"event":"header"'):
             return read_recording(path).make_trace()
         if first.startswith("{") and "input_length" in first:
-            return Trace(path.stem, _sorted(_read_mooncake(text)), _MOONCAKE_BLOCK)
+            return Trace(path.stem, _sorted(path, _read_mooncake(text)), _MOONCAKE_BLOCK)
         if "ContextTokens" in first and "GeneratedTokens" in first:
-            return Trace(path.stem, _sorted(_read_azure(text)))
+            return Trace(path.stem, _sorted(path, _read_azure(text)))
         if "Request tokens" in first and "Response tokens" in first:
-            return _read_burstgpt(path.stem, text)
+            return _read_burstgpt(path, text)
         if first.startswith("[") or '"conversations"' in first:
             return _read_conversations(path.stem, text, count_tokens)
     except ConfigError:
         raise  # it says what is wrong, and is a ValueError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except RecursionError:
+        raise ConfigError(f"trace {source} cannot be read: it is nested too deeply; it may be {_FORMATS}") from None
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, csv.Error) as error:
         raise ConfigError(
             f"trace {source} cannot be read ({type(error).__name__}: {error}); it may be {_FORMATS}"
         ) from None
@@ -79,7 +88,7 @@ def _read_azure(text: str) -> Iterator[TraceRequest]:
         yield TraceRequest(seconds, max(int(row["ContextTokens"]), 1), max(int(row["GeneratedTokens"]), 1))
 
 
-def _read_burstgpt(name: str, text: str) -> Trace:
+def _read_burstgpt(path: Path, text: str) -> Trace:
     """``Timestamp`` (s), ``Request tokens``, ``Response tokens``; a response of 0 tokens is a failure."""
     requests, num_failed = [], 0
     for row in csv.DictReader(io.StringIO(text)):
@@ -89,7 +98,7 @@ def _read_burstgpt(name: str, text: str) -> Trace:
             continue
         requests.append(TraceRequest(float(row["Timestamp"]), max(int(float(row["Request tokens"])), 1), output_len))
     notes = [f"{num_failed} rows without a response are left out"] if num_failed else []
-    return Trace(name, _sorted(iter(requests)), notes=notes)
+    return Trace(path.stem, _sorted(path, iter(requests)), notes=notes)
 
 
 def _read_conversations(name: str, text: str, count_tokens: Callable[[str], int] | None) -> Trace:
@@ -107,10 +116,10 @@ def _read_conversations(name: str, text: str, count_tokens: Callable[[str], int]
     return Trace(name, requests, notes=notes, has_times=False)
 
 
-def _sorted(requests: Iterator[TraceRequest]) -> list[TraceRequest]:
+def _sorted(path: Path, requests: Iterator[TraceRequest]) -> list[TraceRequest]:
     """By arrival, the first at 0 s."""
     ordered = sorted(requests, key=lambda request: request.arrival_s)
     if not ordered:
-        raise ConfigError("the trace has no requests")
+        raise ConfigError(f"trace {path} has no requests: it ends behind its first line; name another")
     start = ordered[0].arrival_s
     return [dataclasses.replace(request, arrival_s=request.arrival_s - start) for request in ordered]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quire.core.errors import ConfigError
 from quire.core.plugin.registry import suggest_names
-from quire.server.traces.trace import Trace, TraceRequest
+from quire.server.traces.trace import MAX_REQUESTS, MAX_TOKENS, Trace, TraceRequest
 
 __all__ = ["ARRIVALS", "LENGTHS", "make_arrivals", "make_synthetic_trace"]
 
@@ -78,6 +78,8 @@ def make_synthetic_trace(spec: str, seed: int = 0) -> Trace:
         round(_parse_positive(spec, key, values[key], least=least))
         for key, least in (("requests", 1), ("prefixes", 0), ("prefix_len", 1))
     )
+    if count > MAX_REQUESTS:
+        raise ConfigError(f"{spec!r}: requests must be at most {MAX_REQUESTS:,}, got {count:,}")
     rng = np.random.default_rng([seed, 2])
     prompts, outputs = (_draw_lengths(rng, spec, values[key], count) for key in ("input", "output"))
     chosen = rng.integers(0, num_prefixes, count) if num_prefixes else np.zeros(count, np.int64)
@@ -104,11 +106,14 @@ def _draw_lengths(rng: np.random.Generator, spec: str, text: str, count: int) ->
     if name == "fixed":
         drawn = np.full(count, numbers[0])
     elif name == "uniform":
-        drawn = rng.integers(int(min(numbers)), int(max(numbers)) + 1, count).astype(np.float64)
+        least, most = sorted(int(min(each, 2.0 * MAX_TOKENS)) for each in numbers)
+        drawn = rng.integers(least, most + 1, count).astype(np.float64)
     elif name == "exponential":
         drawn = rng.exponential(numbers[0], count)
     else:
         drawn = numbers[0] * np.exp(rng.normal(0.0, numbers[1], count))
+    if drawn.max() > MAX_TOKENS:
+        raise ConfigError(f"{spec!r}: {text} gives more than {MAX_TOKENS:,} tokens; name shorter lengths")
     lengths: NDArray[np.int64] = np.maximum(np.rint(drawn), 1).astype(np.int64)
     return lengths
 

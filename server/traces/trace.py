@@ -9,7 +9,13 @@ from typing import Any
 
 from quire.core.errors import ConfigError
 
-__all__ = ["NO_TIMES", "Trace", "TraceRequest"]
+__all__ = ["MAX_REQUESTS", "MAX_TOKENS", "NO_TIMES", "Trace", "TraceRequest"]
+
+MAX_TOKENS = 10_000_000
+"""Of a prompt, and of an answer."""
+
+MAX_REQUESTS = 10_000_000
+_MAX_SECONDS = 1e9  # nanoseconds of it fit into 64 bits
 
 NO_TIMES = "it has no times: give them with --arrivals, as in poisson:rate=8"
 """The note of a trace that does not say when requests came, until it is given times."""
@@ -62,6 +68,15 @@ class Trace:
         """Requests a second."""
         return len(self.requests) / self.duration_s if self.duration_s else float("inf")
 
+    def check_bounds(self) -> None:
+        """Raises ``ConfigError`` if a request has numbers that no server could have seen."""
+        if self.hash_block_size < 0:
+            raise ConfigError(f"{self.name}: its blocks have {self.hash_block_size} tokens; record it again")
+        for number, request in enumerate(self.requests, 1):
+            if (fault := _find_fault(request)) is not None:
+                limits = f"traces hold 1 to {MAX_TOKENS:,} tokens a text, and {_MAX_SECONDS:g} s"
+                raise ConfigError(f"{self.name}: request {number} {fault}; {limits}: mend or remove it")
+
     def describe(self) -> str:
         """One line: how many requests, over how long, of what lengths."""
         prompts = sorted(request.prompt_len for request in self.requests)
@@ -94,6 +109,9 @@ class Trace:
         """Prompts, answers and limits ``factor`` times as long, at least one token. Shared prefixes stay shared."""
         if not 0 < factor < float("inf"):
             raise ConfigError(f"lengths can be multiplied by a factor above 0, got {factor:g}")
+        longest = max((max(request.prompt_len, request.output_len) for request in self.requests), default=0)
+        if longest * factor > MAX_TOKENS:
+            raise ConfigError(f"{factor:g} times {longest:,} tokens exceed {MAX_TOKENS:,}: name a smaller factor")
 
         def scaled(length: int) -> int:
             return max(round(length * factor), 1)
@@ -121,3 +139,15 @@ class Trace:
         if not requests:
             raise ConfigError(f"{self.name}: {if_empty}; the trace has {len(self)} over {self.duration_s:,.0f} s")
         return dataclasses.replace(self, requests=requests)
+
+
+def _find_fault(request: TraceRequest) -> str | None:
+    if not 0 <= request.arrival_s <= _MAX_SECONDS:
+        return f"arrives after {request.arrival_s:g} s"
+    if not 1 <= request.prompt_len <= MAX_TOKENS:
+        return f"has a prompt of {request.prompt_len:,} tokens"
+    if not 1 <= request.output_len <= MAX_TOKENS:
+        return f"has an answer of {request.output_len:,} tokens"
+    if request.max_tokens is not None and request.max_tokens < 1:
+        return f"is limited to {request.max_tokens:,} tokens"
+    return f"has the priority {request.priority}" if abs(request.priority) >= 1 << 31 else None

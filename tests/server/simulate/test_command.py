@@ -9,6 +9,7 @@ import pytest
 
 from quire.server.cli.main import main
 from quire.server.simulate.step_model import save_step_model
+from quire.server.traces.recording import open_text
 
 TRACE = ["--trace", "synthetic:requests=80,input=fixed/200,output=exponential/30", "--arrivals", "poisson:rate=20"]
 
@@ -123,6 +124,32 @@ def test_a_foreign_trace_is_no_recording(quire, tmp_path):
     (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,3,4\n")
     status, _, err = quire("replay", str(tmp_path / "t.csv"))
     assert status == 2 and "line 1 is not one of a recording" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda header, arrival: header["engine"].pop("max_model_len"), "is not as an engine records"),
+        (lambda header, arrival: header["engine"].update(block_size="x"), "is not as an engine records"),
+        (lambda header, arrival: header["policy"].update(options=3), "is not as an engine records"),
+        (lambda header, arrival: header["policy"].pop("target"), "is not as an engine records"),
+        (lambda header, arrival: arrival.update(scheduling={"deadline_ms": "soon"}), "record it again"),
+        (lambda header, arrival: arrival.update(prompt_len=-5), "record it again"),
+    ],
+)
+def test_a_recording_with_impossible_numbers_is_refused_in_one_line(quire, tmp_path, change, says):
+    path, changed = tmp_path / "t.zst", tmp_path / "changed.jsonl"
+    quire(*TRACE, "--record", str(path))
+    lines = [json.loads(line) for line in open_text(path).splitlines()]
+    change(lines[0], next(line for line in lines if line["event"] == "arrival"))
+    changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    failures = []
+    for words in (["replay", str(changed)], ["--trace", str(changed), "--no-capacity"]):
+        status, _, err = quire(*words)
+        if status:
+            failures.append(err)
+            assert status in (1, 2) and err.count("\n") <= 1 and "Traceback" not in err
+    assert any(says in err or "mend or remove it" in err for err in failures)
 
 
 def test_requests_that_do_not_fit_are_told(quire):

@@ -96,6 +96,13 @@ def test_sharegpt(write, as_lines):
         ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n{"time\n', "line 2"),
         ('[{"conversations": []}]', "no conversation"),
         ("[1, 2]", "; it may be a recording"),
+        ("[" * 100_000, "nested too deeply"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46," + "9" * 20 + ",2\n", "mend or remove it"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "1" * 200_000 + ",1,2\n", "field larger than field limit"),
+        ('{"timestamp": 0, "input_length": -3, "output_length": 1}\n', "a prompt of -3 tokens"),
+        ('{"timestamp": 0, "input_length": 100000000000, "output_length": 1}\n', "mend or remove it"),
+        ('{"timestamp": NaN, "input_length": 1, "output_length": 1}\n', "arrives after nan s"),
+        ('{"timestamp": 0, "input_length": Infinity, "output_length": 1}\n', "cannot convert float infinity"),
         ('{"event":"header","schema":9,"quire":"9.1","started":"","origin_ns":0,"model":"","device":"","dtype":"",'
          '"engine":{},"policy":{}}\n', "schema 9"),
         ('{"event":"header","schema":1}\n', "line 1 is not one of a recording"),
@@ -127,6 +134,8 @@ def test_scaling_in_time_and_size_keeps_prefixes_shared(write):
         trace.cut_window(50, 60)
     with pytest.raises(ConfigError, match="above 0"):
         trace.scale_time(0)
+    with pytest.raises(ConfigError, match="name a smaller factor"):
+        trace.scale_lengths(1e6)
 
 
 @pytest.mark.parametrize("name", sorted(ARRIVALS))
@@ -182,6 +191,9 @@ def test_bad_arrivals_are_refused_in_one_line(spec, says):
         ("synthetic:inputs=fixed/3", "did you mean input"),
         ("synthetic:input=normal/3", "did you mean lognormal"),
         ("synthetic:input=fixed", "write fixed/N"),
+        ("synthetic:requests=1e12", "requests must be at most"),
+        ("synthetic:output=fixed/1e12", "name shorter lengths"),
+        ("synthetic:output=uniform/1/1e30", "name shorter lengths"),
     ],
 )
 def test_bad_specs_are_refused_in_one_line(spec, says):
