@@ -23,6 +23,7 @@ __all__ = [
     "check_a_wrong_shape_is_refused_by_name",
     "check_any_number_of_tokens_multiplies",
     "check_every_layer_has_a_method",
+    "check_products_for_adapters_are_the_product",
     "check_random_weights_multiply",
     "check_shards_make_up_the_whole",
     "check_the_product_can_be_captured",
@@ -133,6 +134,30 @@ def check_a_product_is_kept(cls: type[QuantizationLoader]) -> None:
     assert torch.equal(again, expected[0]), "a product is other after its caller wrote to earlier ones: they are kept"
 
 
+def check_products_for_adapters_are_the_product(cls: type[QuantizationLoader]) -> None:
+    """Where they are offered: the partial sums of ``apply_partial`` add up to the product, and ``apply_appended`` gives
+    it and behind it the product of as many of the appended rows as are asked for."""
+    x, example, num_rows = _input(), _example_weights(cls), 16
+    loaded = _load(cls, example, num_rows=num_rows)
+    want = loaded.method.apply(loaded.layer, x)
+    partial = loaded.method.apply_partial(loaded.layer, x)
+    if partial is not None:
+        assert partial.shape[1:] == want.shape, f"partial sums of shape {tuple(partial.shape)}"
+        _close(partial.float().sum(0), want, "the sum of the partial sums", 0.02)
+    if loaded.rows is None:
+        return
+    shape = num_rows, _INPUTS
+    assert loaded.rows.shape == shape, f"append_rows gave {tuple(loaded.rows.shape)}, asked for {shape}"
+    assert not loaded.rows.any(), "the appended rows are not zero"
+    loaded.rows.normal_(generator=torch.Generator().manual_seed(3))
+    for count in (num_rows, num_rows // 2):
+        wide = loaded.method.apply_appended(loaded.layer, x, None, count)
+        if wide is not None:
+            product, behind = wide.split([want.shape[1], count], 1)
+            _close(product, want, f"the product in front of {count} appended rows", 0.02)
+            _close(behind, x @ loaded.rows[:count].T, f"the product of {count} appended rows", 0.02)
+
+
 def check_the_same_input_gives_the_same_bits(cls: type[QuantizationLoader]) -> None:
     """The reduction order is fixed."""
     x, example = _input(), _example_weights(cls)
@@ -237,6 +262,8 @@ def _info(
 class _LoadedLayer:
     layer: nn.Module
     method: LinearMethod
+    rows: Tensor | None
+    """Appended to the weight."""
 
 
 def _load(
@@ -245,18 +272,20 @@ def _load(
     shard: Literal["column", "row"] = "column",
     rank: int = 0,
     world_size: int = 1,
+    num_rows: int = 0,
 ) -> _LoadedLayer:
-    """The layer as this rank loads it."""
+    """The layer as this rank loads it, with room for ``num_rows`` more behind its weight."""
     info, layer = _info(shard, world_size), nn.Module()
     method = cls(example.config, parse_options(cls, {})).get_linear_method(info)
     if method.input_format != "native":
         raise unittest.SkipTest(f"takes {method.input_format} inputs")
     method.create_weights(layer, info, _CPU)
+    rows = method.append_rows(layer, num_rows) if num_rows else None
     for i, part in enumerate(example.parts):
         for name, tensor in part.tensors.items():
             method.load_tensor(layer, info, i, name, tensor, rank, world_size)
     method.process_weights_after_loading(layer)
-    return _LoadedLayer(layer, method)
+    return _LoadedLayer(layer, method, rows)
 
 
 def _apply(

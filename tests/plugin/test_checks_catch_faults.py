@@ -170,6 +170,28 @@ class _Remembering(DenseLinear):
         return self.products.setdefault(float(x.sum()), super().apply(layer, x, bias))
 
 
+class LosesAPartialSum(Dense):
+    def get_linear_method(self, info):
+        return _LosesAPartialSum()
+
+
+class _LosesAPartialSum(DenseLinear):
+    def apply_partial(self, layer, x):
+        quarters = zip(x.chunk(4, 1), layer.weight.chunk(4, 1), strict=True)
+        return torch.stack([each @ weight.T for each, weight in quarters][:3])
+
+
+class AppendsInFront(Dense):
+    def get_linear_method(self, info):
+        return _AppendsInFront()
+
+
+class _AppendsInFront(DenseLinear):
+    def apply_appended(self, layer, x, bias, num_rows, *, norm=None):
+        wide = super().apply_appended(layer, x, bias, num_rows, norm=norm)
+        return wide.roll(num_rows, 1)
+
+
 class OneScaleForAll(Dense):
     def get_linear_method(self, info):
         return _OneScale()
@@ -207,6 +229,8 @@ class _OneScale(DenseLinear):
         (IgnoresTheRank, "check_shards_make_up_the_whole"),
         (OneBuffer, "check_a_product_is_kept"),
         (RemembersProducts, "check_a_product_is_kept"),
+        (LosesAPartialSum, "check_products_for_adapters_are_the_product"),
+        (AppendsInFront, "check_products_for_adapters_are_the_product"),
         (OneScaleForAll, "check_a_row_does_not_depend_on_the_others"),
     ],
 )
