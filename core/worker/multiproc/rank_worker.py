@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -312,10 +312,20 @@ class RankWorker:
     def _report_status(self) -> None:
         while True:
             self._channel.status.is_compiling = self.worker.is_compiling
-            self._channel.publish_status()
+            with _end_without_engine():
+                self._channel.publish_status()
             time.sleep(_STATUS_INTERVAL_S)
 
     def _send(self, message: MessageFromRank) -> None:
-        with self._send_lock:
+        with self._send_lock, _end_without_engine():
             data = self._send_codec.encode(message)
             self._channel.send(data)
+
+
+@contextlib.contextmanager
+def _end_without_engine() -> Iterator[None]:
+    """An engine that has closed the connection ends its ranks: what this one had to say is of no consequence."""
+    try:
+        yield
+    except ConnectionError:
+        os._exit(0)
