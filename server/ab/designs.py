@@ -18,6 +18,7 @@ from quire.server.ab.simulated import (
     cut_to_blocks,
     cut_windows,
     plan_blocks,
+    repeat_arrivals,
     run_paired_simulation,
     run_switchback_simulation,
 )
@@ -92,9 +93,13 @@ def _run_live(args: argparse.Namespace, policies: list[PluginSpec]) -> Experimen
     arms = _make_arms(names, engines)
     blocks = plan_blocks(args.pairs, args.block, args.seed)
     stretch, washout = args.block, args.washout
+    arrivals: list[str] = []
     if args.design != "replay":
         trace = cut_to_blocks(trace, blocks)
     if args.design == "switchback":
+        whole, trace = trace, repeat_arrivals(trace, blocks)
+        if trace is not whole:
+            arrivals.append("both stretches of a pair have the arrivals and lengths of its first")
         live = run_live_switchback(
             trace, args.url[0], args.api_key, args.admin_api_key, policies, blocks, args.washout, args.vocab_size
         )
@@ -109,7 +114,7 @@ def _run_live(args: argparse.Namespace, policies: list[PluginSpec]) -> Experimen
                 warnings.append(f"after the last stretch, {error}")
     else:
         live = run_split(trace, args.url, args.api_key, args.vocab_size, blocks, args.seed)
-    notes = [*trace.notes, *live.notes]
+    notes = [*trace.notes, *live.notes, *arrivals]
     if args.design == "replay" and args.admin_api_key is None:
         notes.append("whether the servers have these policies was not asked: that takes --admin-api-key")
     if len(args.url) == 2:

@@ -19,6 +19,7 @@ __all__ = [
     "cut_to_blocks",
     "cut_windows",
     "plan_blocks",
+    "repeat_arrivals",
     "run_paired_simulation",
     "run_switchback_simulation",
     "select_measured",
@@ -55,6 +56,21 @@ def cut_to_blocks(trace: Trace, blocks: Sequence[Block]) -> Trace:
             "fewer --pairs, a shorter --block, or a longer trace"
         )
     return trace.cut_window(0.0, end_s)
+
+
+def repeat_arrivals(trace: Trace, blocks: Sequence[Block]) -> Trace:
+    """The same arrivals and lengths in both blocks of each pair: the first's, so that a burst in one of them is no
+    difference between the arms. A trace that knows of shared prefixes is left as it is, because the second block would
+    find those of the first in the cache."""
+    if trace.hash_block_size or any(request.prompt_id is not None for request in trace.requests):
+        return trace
+    repeated = []
+    for first, second in zip(blocks[::2], blocks[1::2], strict=True):
+        requests = [request for request in trace.requests if first.start_s <= request.arrival_s < first.end_s]
+        later = second.start_s - first.start_s
+        repeated += requests
+        repeated += [dataclasses.replace(request, arrival_s=request.arrival_s + later) for request in requests]
+    return dataclasses.replace(trace, requests=repeated) if repeated else trace
 
 
 def cut_windows(trace: Trace, num_pairs: int, make_again: Callable[[int], Trace] | None) -> list[Trace]:

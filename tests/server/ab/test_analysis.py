@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -9,8 +11,9 @@ from scipy import stats
 from quire.core.errors import ConfigError
 from quire.server.ab.analysis import MIN_PAIRS, analyze_pairs
 from quire.server.ab.observations import ArmTimes, combine_arms
-from quire.server.ab.simulated import Block, plan_blocks
+from quire.server.ab.simulated import Block, plan_blocks, repeat_arrivals
 from quire.server.simulate.results import Objectives, RequestTimes
+from quire.server.traces.synthetic import make_arrivals, make_synthetic_trace
 
 
 def make_times(rng, count, factor=1.0, groups=(), start=0.0):
@@ -137,3 +140,27 @@ def test_a_switchback_of_equal_arms_finds_nothing_and_a_planted_effect_is_found(
     assert sum(effect.is_significant and effect.effect > 0 for effect in found) >= 2
     # Slower steps also leave more requests in each.
     assert 0.04 < np.mean([effect.effect for effect in found]) < 0.08
+
+
+def test_both_stretches_of_a_pair_have_the_same_arrivals_which_makes_intervals_narrow(switchback):
+    trace = make_synthetic_trace("synthetic:requests=300").replace_arrivals(make_arrivals("poisson:rate=20", 300))
+    blocks = plan_blocks(3, 2.0, seed=1)
+    sent = repeat_arrivals(trace, blocks)
+    assert [request.arrival_s for request in sent.requests] == sorted(request.arrival_s for request in sent.requests)
+    for first, second in zip(blocks[::2], blocks[1::2], strict=True):
+        shapes = [
+            [
+                (pytest.approx(r.arrival_s - block.start_s), r.prompt_len, r.output_len)
+                for r in sent.requests
+                if block.start_s <= r.arrival_s < block.end_s
+            ]
+            for block in (first, second)
+        ]
+        assert shapes[0] == shapes[1] and shapes[0]
+    shared = dataclasses.replace(trace, hash_block_size=16)
+    assert repeat_arrivals(shared, blocks) is shared  # the second stretch would find the first one's prefixes
+
+    narrow, wide = (switchback(7, slowdown=1.05, repeats=repeats) for repeats in (True, False))
+    for metric in ("ttft_p50", "tpot_p50", "e2e_p50", "e2e_p95"):
+        widths = [verdict.get_effect(metric).high - verdict.get_effect(metric).low for verdict in (narrow, wide)]
+        assert 2 * widths[0] < widths[1], metric
