@@ -73,7 +73,7 @@ class AdapterLayer(ABC):
         return None
 
     def adds_to_partial(self, num_tokens: int) -> bool:
-        """Whether ``add_to_partial`` is offered for the next step, of so many tokens."""
+        """Whether ``add_to_partial`` is offered of so many tokens; asked before the layer's product is launched."""
         return False
 
     def add_to_partial(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -28,6 +29,7 @@ class AdapterManager:
     ) -> None:
         self._registry, self._call_control = registry, call_control
         self._lock: asyncio.Lock | None = None
+        self._lock_of_name: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @property
     def is_on(self) -> bool:
@@ -46,20 +48,25 @@ class AdapterManager:
         """The adapter of a request, loaded if it is not yet. Raises what ``load_adapter`` does."""
         if request is None or isinstance(request, AdapterRef):
             return request
-        ref = self._registry.find_loaded(request) or await asyncio.to_thread(self._registry.find_requested, request)
-        if ref is not None:
+        if (ref := self._registry.find_loaded(request)) is not None:
             return ref
-        inplace, parent = request.load_inplace, request.base_model_name
-        try:
-            return await self.load_adapter(
-                request.lora_name, request.lora_path, load_inplace=inplace, base_model_name=parent
-            )
-        except ValueError:
-            # Another request may have loaded it meanwhile.
-            ref = await asyncio.to_thread(self._registry.find_requested, request)
-            if ref is None:
-                raise
-            return ref
+        # Of requests for one adapter the first loads it, and the others wait: none takes a thread for that.
+        lock = self._lock_of_name.setdefault(request.lora_name, asyncio.Lock())
+        async with lock:
+            ref = self._registry.find_loaded(request) or await asyncio.to_thread(self._registry.find_requested, request)
+            if ref is not None:
+                return ref
+            inplace, parent = request.load_inplace, request.base_model_name
+            try:
+                return await self.load_adapter(
+                    request.lora_name, request.lora_path, load_inplace=inplace, base_model_name=parent
+                )
+            except ValueError:
+                # A call of ``load_adapter`` may have loaded it meanwhile.
+                ref = await asyncio.to_thread(self._registry.find_requested, request)
+                if ref is None:
+                    raise
+                return ref
 
     async def load_adapter(
         self, name: str, path: str, *, load_inplace: bool = False, base_model_name: str | None = None

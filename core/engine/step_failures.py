@@ -36,6 +36,7 @@ class StepFailures:
         self.num_failures = 0
         self._config = config
         self._recorder = recorder
+        self._faulty_adapter_id: int | None = None  # of the last row whose logits were no numbers
 
     def fail_step(self, scheduler: Scheduler, step: SchedulerOutput, error: BaseException) -> EngineCoreOutputs:
         """End the requests of ``step``, which raised ``error``. They are told the plugin whose frame was innermost and
@@ -114,7 +115,11 @@ class StepFailures:
         foreign = [choice for choice in chosen if not choice.is_bundled]
         what = "the model computed logits without a token that can be sampled (NaN, or all minus infinity)"
         if not foreign and adapter is not None:
-            return f"{what}: the weights of adapter {adapter.name!r} are at fault, or those of the model", _ADAPTER
+            # Where another adapter's row failed just before, it is no request that brings it about.
+            is_of_request = self._faulty_adapter_id in (None, adapter.adapter_id)
+            self._faulty_adapter_id = adapter.adapter_id
+            failure = _ADAPTER if is_of_request else _NOBODY
+            return f"{what}: the weights of adapter {adapter.name!r} are at fault, or those of the model", failure
         if not foreign:
             return f"{what}: every layer is bundled, so that the weights are at fault, or Quire is", _NOBODY
         names = " or ".join(f"{choice.kind}/{choice.name}" for choice in foreign)

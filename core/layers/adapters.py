@@ -64,9 +64,10 @@ class AdaptedLinearMethod(LinearMethod):
     A layer is entered in three ways: plainly, after a norm and before an addition, and all three end in a method. So
     this is the one place where adapters come in, and the layer has none of it. Adapters read the activation as it is
     before quantization: in their steps ``inner`` quantizes its input itself. With few tokens ``inner``'s kernel adds
-    what the adapters make of them to its product, where it can. Elsewhere they come behind it, so an activation
-    function is not fused; the addition of the residual is, since sums may be in any order. Of a row-sharded layer the
-    ranks' sums hold the adapters' shares.
+    what the adapters make of them to its product, where it can. With more they are added behind it, with the
+    activation function and the residual where the product leaves that to them; elsewhere to its result, so an
+    activation function is not fused; the addition of the residual is, since sums may be in any order. Of a row-sharded
+    layer the ranks' sums hold the adapters' shares.
     """
 
     def __init__(self, inner: LinearMethod, adapters: AdapterMethod, adapter_layer: AdapterLayer) -> None:

@@ -192,6 +192,7 @@ class AdapterRunner:
         """What is launched next is captured with ``num_tokens``, none of which has an adapter, for steps that name the
         first ``num_slots``; 0: without adapters."""
         self._method.is_active = num_slots > 0
+        self._prepared = None  # every pass that is captured is prepared for
         if num_slots:
             self._prepare_captured(np.full(num_tokens, -1, np.int32), num_slots)
 

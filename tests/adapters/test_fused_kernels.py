@@ -95,6 +95,7 @@ class Layer(Problem):
         def launch(layer: int) -> None:
             term = None
             if batch is not None:
+                batch.begin_layer(layer)
                 shrink = batch.describe_shrink(self.a, layer, MAX_POLLS) if in_product else None
                 v = None if in_product else launch_shrink(x, self.a, self.ranks, batch, norm)[0]
                 term = LowRankTerm(v, self.b, self.ranks, batch.slots, self.part_sizes, shrink)

@@ -54,6 +54,7 @@ def test_partial_sums_and_adapters_are_added(
     results = []
     for layer in (0, 1, 1):  # what another layer, or the pass before, handed over counts no more
         batch.words.bitwise_xor_(0x3F800000)
+        batch.begin_layer(layer)
         shrink = batch.describe_shrink(problem.a, layer, MAX_POLLS)
         term = LowRankTerm(None, problem.b, problem.ranks, batch.slots, part_sizes, shrink)
         results.append(

@@ -1,137 +1,68 @@
-"""Loading while an engine in another process serves: what callers of ``AsyncLLM`` notice."""
+"""Requests that name adapters which are not loaded yet, and adapters that fail one after another."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Mapping
-from typing import Any
+import time
+from pathlib import Path
 
 import pytest
 
-from quire import EngineArgs, LoRARequest
+from quire import LLM, LoRARequest, SamplingParams
 from quire.core.engine.adapter_manager import AdapterManager
 from quire.core.engine.adapter_registry import AdapterRegistry
+from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
-from quire.core.errors import EngineDeadError, InvalidRequestError
+from quire.core.engine.step_health import StepHealth
+from quire.core.testing.tiny_adapters import make_tiny_adapter
 
 
-class Core:
-    """An engine core that holds what it is told, and is done with reading when ``is_read`` is set."""
-
-    def __init__(self) -> None:
-        self.held: set[int] = set()
-        self.is_read = asyncio.Event()
-        self.is_dead = False
-
-    async def call(self, method: str, arguments: Mapping[str, Any]) -> bool:
-        if self.is_dead:
-            raise EngineDeadError("the engine stopped")
-        if method == "remove_adapter":
-            self.held.discard(arguments["adapter_id"])
-            return True
-        self.held.add(arguments["adapter"][0])
-        return self.is_read.is_set()
-
-
-@pytest.fixture
-def core() -> Core:
-    return Core()
-
-
-@pytest.fixture
-def manager(core: Core) -> AdapterManager:
-    config = build_config(EngineArgs.from_kwargs(model="quire-tiny", enable_lora=True)).config
-    return AdapterManager(AdapterRegistry(config), core.call)
-
-
-def test_a_load_that_is_cancelled_leaves_nothing_and_holds_up_no_other(manager: AdapterManager, core: Core) -> None:
-    async def run() -> None:
-        task = asyncio.create_task(manager.load_adapter("a", "quire-tiny-upper"))
-        while not core.held and not task.done():
-            await asyncio.sleep(0.001)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert not core.held and manager.find_adapter("a") is None
-        core.is_read.set()
-        ref = await manager.load_adapter("a", "quire-tiny-upper")
-        assert core.held == {ref.adapter_id}
-
-    asyncio.run(run())
-
-
-def test_of_two_loads_of_a_name_at_once_one_is_taken_and_requests_get_it(manager: AdapterManager, core: Core) -> None:
-    core.is_read.set()
-
-    async def run() -> None:
-        loads = [manager.load_adapter("a", path) for path in ("quire-tiny-upper", "quire-tiny-json")]
-        taken, refused = await asyncio.gather(*loads, return_exceptions=True)
-        assert manager.find_adapter("a") == taken and "stands for the adapter of" in str(refused)
-        requests = [manager.find_or_load(LoRARequest("b", 1, "quire-tiny-json")) for _ in range(4)]
-        assert len({ref.adapter_id for ref in await asyncio.gather(*requests) if ref is not None}) == 1
-        assert len(core.held) == 2
-
-    asyncio.run(run())
-
-
-def test_an_engine_that_dies_while_it_loads_is_told_as_that(manager: AdapterManager, core: Core) -> None:
-    async def run() -> None:
-        task = asyncio.create_task(manager.load_adapter("a", "quire-tiny-upper"))
-        while not core.held and not task.done():
-            await asyncio.sleep(0.001)
-        core.is_dead = True
-        with pytest.raises(EngineDeadError, match="the engine stopped"):
-            await task
-        assert manager.find_adapter("a") is None
-
-    asyncio.run(run())
-
-
-def test_the_hub_is_never_asked_in_the_event_loop(
-    manager: AdapterManager, core: Core, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core.is_read.set()
-    threads: list[int] = []
+def test_many_requests_for_one_adapter_download_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what else needs a thread meanwhile gets one."""
+    folder, downloads = make_tiny_adapter("core/assets/quire-tiny", tmp_path / "a"), []
 
     def download(name: str, **options: object) -> str:
-        threads.append(threading.get_ident())
-        return "core/assets/quire-tiny-json"
+        downloads.append(name)
+        time.sleep(0.5)
+        return str(folder)
+
+    async def accept(*args: object) -> bool:
+        return True
+
+    async def ask_all() -> tuple[list[object], float]:
+        registry = AdapterRegistry(build_config(EngineArgs(model="quire-tiny", enable_lora=True)).config)
+        manager = AdapterManager(registry, accept)
+        loads = [manager.find_or_load(LoRARequest("a", 1, "acme/json")) for _ in range(40)]
+        tasks = [asyncio.create_task(load) for load in loads]
+        await asyncio.sleep(0.05)
+        started = time.monotonic()
+        await asyncio.to_thread(int)
+        waited = time.monotonic() - started
+        return await asyncio.gather(*tasks), waited
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-
-    async def run() -> None:
-        for name in ("acme/json", "acme/json", "acme/again"):  # the third is the same folder under another name
-            ref = await manager.find_or_load(LoRARequest("a", 1, name))
-            assert ref is not None and ref.path == "core/assets/quire-tiny-json"
-
-    asyncio.run(run())
-    assert len(threads) == 2 and threading.get_ident() not in threads
+    refs, waited = asyncio.run(ask_all())
+    assert downloads == ["acme/json"] and all(ref == refs[0] for ref in refs)
+    assert waited < 0.4, "tokenizers would wait for the download"
 
 
-def test_what_is_fetched_from_the_hub_holds_up_no_other_adapter(
-    manager: AdapterManager, core: Core, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core.is_read.set()
-    begun, may_end = threading.Event(), threading.Event()
-
-    def download(name: str, **options: object) -> str:
-        begun.set()
-        may_end.wait(20)
-        return "core/assets/quire-tiny-json"
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-
-    async def run() -> None:
-        task = asyncio.create_task(manager.load_adapter("slow", "acme/json"))
-        await asyncio.to_thread(begun.wait, 20)
-        await manager.load_adapter("other", "quire-tiny-upper")
-        await manager.unload_adapter("other")
-        await manager.load_adapter("slow", "quire-tiny-upper")
-        assert not task.done()
-        may_end.set()
-        with pytest.raises(InvalidRequestError, match="'slow' stands for the adapter of"):
-            await task
-        assert len(core.held) == 1
-
-    asyncio.run(run())
+def test_adapters_that_fail_one_after_another_are_a_sign_of_health(tmp_path: Path) -> None:
+    """As where the base or the GPU is broken; one adapter, however often it fails, is none."""
+    folders = [
+        make_tiny_adapter("core/assets/quire-tiny", tmp_path / f"{seed}", seed=seed, scale=1e30) for seed in (0, 1)
+    ]
+    llm = LLM(
+        "quire-tiny", enable_lora=True, max_loras=2, max_model_len=256, num_gpu_blocks_override=64,
+        lora_modules={"a": str(folders[0]), "b": str(folders[1])},
+    )  # fmt: skip
+    health, params = StepHealth(llm.config), SamplingParams(temperature=0, max_tokens=2)
+    sick = []
+    for index, name in enumerate("aaaaabab"):
+        adapter = llm.adapters.find_requested(LoRARequest(name))
+        requests = llm.input_processor.process_inputs(f"{index}", [5, 6], params, adapter=adapter)
+        llm.engine_core.add_request(requests[0])
+        while llm.engine_core.has_work:
+            health.note_outputs(llm.engine_core.step())
+        sick.append(health.describe_failures() is not None)
+    llm.shutdown()
+    assert sick == [False] * 7 + [True]

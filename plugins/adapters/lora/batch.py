@@ -119,7 +119,7 @@ class AdapterBatch:
         self.words = torch.zeros(_MAX_WORDS, dtype=torch.int64, device=limits.device)
         """What programs of a layer's kernel hand to each other: one launch follows another, so layers share it."""
         self._numbers = torch.arange(1, 1 + _MAX_LAYERS, dtype=torch.int32, device=limits.device)[:, None].repeat(1, 4)
-        self._last_layer = _MAX_LAYERS
+        self._last_layer, self._is_described = _MAX_LAYERS, False
         self.tiles = TokenTiles(limits)
         self.shape = SegmentShape(0, 0, 16)
         self.single_slot: int | None = None
@@ -130,6 +130,7 @@ class AdapterBatch:
     def update(self, token_slots: NDArray[np.int32], *, is_captured: bool) -> None:
         """Sort the tokens of a step: ``token_slots`` (num_tokens,) is the slot of each, -1 where it has no adapter."""
         num_tokens = len(token_slots)
+        self._last_layer = _MAX_LAYERS
         has_adapter = np.flatnonzero(token_slots >= 0)
         slots = token_slots[has_adapter]
         self.single_slot = None
@@ -160,12 +161,17 @@ class AdapterBatch:
         token_indices[: len(order)] = self._sorted
         self._packed[: len(host)] = copy_to_device(host, torch.int32, self._packed.device)
 
+    def begin_layer(self, layer: int) -> None:
+        """The ``layer``-th layer's product is launched next. Layers whose numbers rise are of one forward pass; others,
+        and the first after ``update``, begin the next one, and so does a layer that was described already."""
+        if layer < self._last_layer or (layer == self._last_layer and self._is_described):
+            self._numbers.add_(_MAX_LAYERS)  # where a pass is captured this is, too: it has new numbers when replayed
+        self._last_layer, self._is_described = layer, False
+
     def describe_shrink(self, a: Tensor, layer: int, max_polls: int = _MAX_POLLS) -> ShrinkInProduct:
         """The step's first product with ``a`` (slots, parts, max_rank, in_features), for a kernel of the ``layer``-th
-        layer that is launched now. Layers whose numbers rise are of one forward pass; others begin the next one."""
-        if layer <= self._last_layer:
-            self._numbers.add_(_MAX_LAYERS)  # where a pass is captured this is, too: it has new numbers when replayed
-        self._last_layer = layer
+        layer that is launched now; ``begin_layer`` was called before its product."""
+        self._is_described = True
         return ShrinkInProduct(
             a,
             self.words,

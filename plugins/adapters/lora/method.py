@@ -249,6 +249,7 @@ class LoraLayer(AdapterLayer):
         return self._make_term(launch_shrink(x, self._a, self._ranks, self._batch, norm)[0])
 
     def _describe_in_product(self) -> LowRankTerm:
+        self._batch.begin_layer(self._index)
         return self._make_term(None)
 
     def _make_term(self, v: Tensor | None) -> LowRankTerm:
@@ -258,13 +259,16 @@ class LoraLayer(AdapterLayer):
 
     def adds_to_partial(self, num_tokens: int) -> bool:
         """For more than few tokens on a GPU, and few ranks."""
-        return (
+        is_offered = (
             self._options.shrink_beside_product
             and self._a.is_cuda
             and MAX_FEW_TOKENS < num_tokens <= MAX_SUMMED_TOKENS
             and self._a.shape[2] <= _MAX_FUSED_RANK
             and self._batch.single_slot is None
         )
+        if is_offered:
+            self._batch.begin_layer(self._index)  # in front of the product: what starts beside it waits for nothing
+        return is_offered
 
     def add_to_partial(
         self, x: Tensor, partial: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
