@@ -48,8 +48,12 @@ def resolve_model(
 
 def check_adapter_path(name: str) -> None:
     """Raises ``CheckpointError`` for the path of an adapter that is no folder; asks no hub for what may be a name."""
-    path = Path(name).expanduser()
-    if name not in BUNDLED_ADAPTERS and not path.is_dir() and (path.exists() or _looks_like_path(name)):
+    try:
+        path = Path(name).expanduser()
+        is_wrong = not path.is_dir() and (path.exists() or _looks_like_path(name))
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, a home of nobody
+        is_wrong = True
+    if name not in BUNDLED_ADAPTERS and is_wrong:
         raise CheckpointError(f"adapter {name!r} is not a folder; give one that PEFT wrote, or a name on the hub")
 
 

@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_PATTERNS, _MAX_PATTERN_CHARS = 4096, 256
+_COUNTED_REPEAT = re.compile(r"\{\s*\d")
+"""Such as ``\\w{200}``, a few characters whose compilation takes a large part of a second."""
 _NO_LINEAR_LAYERS = ("embed_tokens", "lm_head")
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -217,6 +221,10 @@ def _read_config(folder: Path) -> PeftConfig:
         ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
         if min(config.r, *ranks.values(), 1) < 1:
             raise ValueError("r must be at least 1")
+        if len(ranks) + len(alphas) > _MAX_PATTERNS:
+            raise ValueError(
+                f"rank_pattern and alpha_pattern have {len(ranks) + len(alphas)} entries, of at most {_MAX_PATTERNS}"
+            )
         for pattern in (*ranks, *alphas):
             _compile_pattern(pattern)
         if not all(math.isfinite(alpha) for alpha in (config.lora_alpha, *alphas.values())):
@@ -236,7 +244,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             header = msgspec.json.decode(file.read(header_size), type=dict[str, msgspec.Raw])
             header.pop("__metadata__", None)
             return {key: _read_tensor(file, 8 + header_size, key, stored) for key, stored in header.items()}
-    except (OSError, msgspec.MsgspecError) as error:  # it has changed since its header was checked
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, OverflowError, msgspec.MsgspecError) as error:
+        # It has changed since its header was checked.
         raise CheckpointError(f"{folder / WEIGHTS_NAME} cannot be read: {error}; load it again") from None
 
 
@@ -367,9 +378,14 @@ def _find_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -
     return next(found, default)
 
 
+@lru_cache(maxsize=_MAX_PATTERNS)
 def _compile_pattern(pattern: str) -> SchemaValidator:
     """The expression by an engine whose time grows with the text alone: with Python's own, which backtracks, an adapter
     could hold the process for hours. Raises ``ValueError``."""
+    if len(pattern) > _MAX_PATTERN_CHARS:
+        raise ValueError(f"a pattern has {len(pattern)} characters, of at most {_MAX_PATTERN_CHARS}")
+    if _COUNTED_REPEAT.search(pattern):
+        raise ValueError(f"the pattern {pattern!r} cannot be used: it has a counted repeat")
     try:
         return SchemaValidator(core_schema.str_schema(pattern=rf"^(?:.*\.)?(?:{pattern})$"))
     except SchemaError as error:

@@ -153,6 +153,9 @@ def test_weights_take_the_dtype_that_is_asked_for(adapter: Path) -> None:
         ({"r": "many"}, r"Expected `int`, got `str` - at `\$.r`"),
         ({"r": 8}, r"lora_A of .* has shape \[4, "),
         ({"rank_pattern": {"(": 4}}, r"the pattern '\(' cannot be used: unclosed group"),
+        ({"rank_pattern": {r"\w{200}": 4}}, r"the pattern .* cannot be used: it has a counted repeat"),
+        ({"rank_pattern": {"x" * 257: 4}}, "a pattern has 257 characters, of at most 256"),
+        ({"alpha_pattern": {f"{i}_proj": 4.0 for i in range(4097)}}, "have 4097 entries, of at most 4096"),
         ({"alpha_pattern": {"(?!up)_proj": 4}}, "look-around, including look-ahead and look-behind, is not supported"),
         ({"target_modules": ["q_proj", "lm_head"]}, "changes 'lm_head', and adapters cannot change .* the head"),
         ({"comment": "x" * (1 << 20)}, "has more than 1048576 bytes"),
@@ -188,6 +191,16 @@ def test_a_pattern_takes_no_longer_than_its_text(adapter: Path, shapes: dict[str
     begin = time.monotonic()
     read = read_adapter(adapter, max_rank=16, module_shapes=shapes)
     assert read.max_rank == 4 and time.monotonic() - begin < 5
+
+
+def test_a_pattern_for_every_module_is_read_at_once(adapter: Path) -> None:
+    """As PEFT writes them for adapters whose ranks it chose."""
+    names = [f"model.layers.{layer}.mlp.{part}_proj" for layer in range(80) for part in ("gate", "up", "down")]
+    change_config(adapter, rank_pattern=dict.fromkeys(names, 4), alpha_pattern=dict.fromkeys(names, 8.0))
+    config = read_adapter(adapter, max_rank=16).config
+    begin = time.thread_time()
+    assert {config.get_scaling(name) for name in names} == {2.0}
+    assert time.thread_time() - begin < 2
 
 
 def test_patterns_that_are_null_are_none(adapter: Path) -> None:
