@@ -164,7 +164,11 @@ def test_flags_of_keys_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--named-api-key", "a=x", "--named-api-key", "a=y"], "'a' names two keys"),
         (["--admin-api-key", " "], "--admin-api-key is empty"),
         (["--lora-root", "."], "exists with --admin-api-key alone"),
-        (["--lora-root", "nowhere", "--admin-api-key", "secret"], "--lora-root nowhere is not a folder"),
+        (["--lora-root", ".", "--admin-api-key", "secret"], "there are none without --enable-lora"),
+        (
+            ["--enable-lora", "--lora-root", "nowhere", "--admin-api-key", "secret"],
+            "--lora-root nowhere is not a folder",
+        ),
     ):
         assert main(["serve", *words]) == 2
         error = capsys.readouterr().err
